@@ -1,0 +1,430 @@
+"""Images for pre-training: drawn, small public sets, folders of photographs.
+
+    python data.py            draws shapes.png, a sheet of the `shapes` images
+
+Two kinds of source with the same five members. `SmallSet` keeps every image on the device as uint8
+and augments a whole batch there; `Folder` decodes and crops in DataLoader workers and hands over
+uint8. Either way:
+
+    source.draw(b, generator)            the random numbers of one step, for the whole batch
+    source.batches(order, epoch)         uint8 batches, in the given order
+    source.augment(uint8, *draws)        -> float (b, c, height, width), normalised
+    source.plain(indices)                -> the same without augmentation, batch by batch
+    source.labels                        (N,) int64, or None
+
+Shapes in comments: b batch, c channels, h and w pixels of the source, H and W pixels handed over.
+"""
+
+import math
+import os
+import pickle
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# What suits each set. Every value is a flag of dmae.py, which prints the row it used. `folder` is
+# the paper's ImageNet recipe; the small sets are sized for two CPU cores and a grid of 8 x 8 patches.
+# `teacher` names the preset that `--teacher self` pre-trains first. Mean and deviation per channel.
+SETS = {
+    "shapes": dict(
+        channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), image_size=32, patch_size=4,
+        crop_scale=0.5, student="nano", teacher="micro",
+        epochs=2, batch_size=32, blr=2.4e-2),
+    "fashion-mnist": dict(
+        channels=1, mean=(0.286,), std=(0.353,), image_size=32, patch_size=4,
+        crop_scale=0.5, student="nano", teacher="mini",
+        epochs=4, batch_size=128, blr=3e-3),
+    "cifar10": dict(
+        channels=3, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), image_size=32,
+        patch_size=4, crop_scale=0.2, student="nano", teacher="mini",
+        epochs=20, batch_size=128, blr=3e-3),
+    "cifar100": dict(
+        channels=3, mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276), image_size=32,
+        patch_size=4, crop_scale=0.2, student="nano", teacher="mini",
+        epochs=20, batch_size=128, blr=3e-3),
+    "folder": dict(
+        channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD, image_size=224, patch_size=16,
+        crop_scale=0.08, student="tiny", teacher="base",
+        epochs=400, batch_size=4096, blr=1.5e-4),
+}
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line that says what to do."""
+
+
+def normalise(images, mean, std):
+    """uint8 or float in 0..255 (b, c, H, W) -> float32, (x / 255 - mean) / std per channel."""
+    mean = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
+    std = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
+    return (images.float() - mean) / std
+
+
+# ------------------------------------------------------------------- random resized crop, in a batch
+
+
+def crop_boxes(count, height, width, min_scale, generator):
+    """Random resized crop's boxes: `count` rows (top, left, height, width) in pixels, int64.
+
+    Area uniform in (min_scale, 1) of the image, aspect ratio log-uniform in (3/4, 4/3); of ten
+    tries the first that fits, else the largest centred crop of an allowed ratio: what torchvision's
+    RandomResizedCrop does one image at a time. All on the generator's device."""
+    where = dict(device=generator.device, generator=generator)
+    area = height * width * (min_scale + (1 - min_scale) * torch.rand(count, 10, **where))
+    ratio = torch.exp(math.log(4 / 3) * (2 * torch.rand(count, 10, **where) - 1))
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    h = torch.where(found, h.gather(1, first)[:, 0], float(min(height, round(width * 4 / 3))))
+    w = torch.where(found, w.gather(1, first)[:, 0], float(min(width, round(height * 4 / 3))))
+    place = torch.rand(2, count, **where).where(found, torch.tensor(0.5, device=generator.device))
+    top, left = (place[0] * (height - h + 1)).floor(), (place[1] * (width - w + 1)).floor()
+    return torch.stack([top, left, h, w], dim=1).long()
+
+
+def resize_matrix(start, length, source, target, bicubic):
+    """(b, target, source) weights that resize the pixels start .. start + length to `target` ones.
+
+    start, length: (b,) pixels. bicubic: (b,) bool, else bilinear. Antialiased, and blind to what
+    lies outside the box, as Pillow's resize of a cropped image is."""
+    scale = (length / target)[:, None, None]                             # b 1 1
+    out = torch.arange(target, device=start.device)[None, :, None]       # 1 target 1
+    pixel = torch.arange(source, device=start.device)[None, None]        # 1 1 source
+    first = start[:, None, None]
+    x = (pixel - first + 0.5 - (out + 0.5) * scale).abs() / scale.clamp(min=1)
+    linear = (1 - x).clamp(min=0)
+    cubic = torch.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1,              # Keys, a = -0.5
+                        (-0.5 * x**3 + 2.5 * x**2 - 4 * x + 2).where(x < 2, 0))
+    weights = torch.where(bicubic[:, None, None], cubic, linear)
+    weights = weights * ((pixel >= first) & (pixel < first + length[:, None, None]))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def resized_crop(images, boxes, bicubic, size):
+    """Crop each image by its own box and resize it: uint8 (b, c, h, w) -> float 0..255 (b, c, H, W).
+
+    Resizing is linear in each direction, so that a whole batch is two batched matrix products."""
+    top, left, height, width = boxes.T
+    rows = resize_matrix(top, height, images.shape[2], size[0], bicubic)
+    columns = resize_matrix(left, width, images.shape[3], size[1], bicubic)
+    out = rows[:, None] @ images.float() @ columns[:, None].transpose(-2, -1)
+    return out.clamp(0, 255)
+
+
+class SmallSet:
+    """A set that fits on the device: uint8 images (N, c, h, w), labels (N,) or None."""
+
+    broken = ()                       # as Folder: files that could not be read
+
+    def __init__(self, images, labels, row, size, device="cpu"):
+        self.images, self.labels = images.to(device), labels
+        self.mean, self.std, self.min_scale, self.size = row["mean"], row["std"], row["crop_scale"], size
+        self.description = f"{len(images):,} images of {images.shape[1]} x {images.shape[2]} x {images.shape[3]}"
+
+    def __len__(self):
+        return len(self.images)
+
+    def draw(self, b, generator):
+        where = dict(device=generator.device, generator=generator)
+        boxes = crop_boxes(b, *self.images.shape[2:], self.min_scale, generator)
+        return torch.rand(b, **where) < 0.5, torch.rand(b, **where) < 0.5, boxes
+
+    def batches(self, order, epoch):
+        for indices in order:
+            yield self.images[indices.to(self.images.device)]
+
+    def augment(self, images, flip, bicubic, boxes):
+        images = resized_crop(images, boxes, bicubic, self.size)
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        return normalise(images, self.mean, self.std)
+
+    def plain(self, indices, batch=500):
+        for part in indices.to(self.images.device).split(batch):
+            images = self.images[part]
+            if images.shape[2:] != self.size:
+                images = TF.resize(images, list(self.size), InterpolationMode.BICUBIC, antialias=True)
+            yield normalise(images, self.mean, self.std)
+
+
+# ------------------------------------------------------------------------------- folders of images
+
+
+def read_image(path):
+    """Any image file as uint8 RGB (3, h, w): alpha on white, 16 bits scaled to 8, EXIF rotation done.
+
+    Raises OSError, naming the file, for whatever cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                      # 16-bit grey: 65535 is white
+                grey = np.asarray(image).astype(np.float64) / 257
+                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    # Pillow reports damage by any of these, depending on the format.
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError,
+            zlib.error, Image.DecompressionBombError) as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+class Folder(torch.utils.data.Dataset):
+    """Image files; a class for each first-level folder if there are such. Keys: (epoch, index).
+
+    `batches` and `plain` keep the set `broken`: paths that could not be read and were replaced by
+    the next readable one. More than 1 % of them raises InputError."""
+
+    def __init__(self, root, row, size, device="cpu", workers=0, seed=0, classes=None):
+        self.root, self.size, self.device, self.workers, self.seed = root, size, device, workers, seed
+        self.mean, self.std, self.min_scale = row["mean"], row["std"], row["crop_scale"]
+        self.paths, self.broken = [], set()
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            subfolders.sort()
+            self.paths += [os.path.join(folder, f) for f in sorted(files)
+                           if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")]
+        names = [os.path.relpath(path, root).split(os.sep) for path in self.paths]
+        labelled = bool(names) and all(len(name) > 1 for name in names)
+        self.classes = sorted({name[0] for name in names}) if labelled else []
+        self.labels = None
+        if len(self.classes) > 1 and classes in (None, self.classes):
+            number = {name: i for i, name in enumerate(self.classes)}
+            self.labels = torch.tensor([number[name[0]] for name in names])
+        kinds = f"{len(self.classes):,} classes" if self.labels is not None else "no labels"
+        self.description = f"{len(self.paths):,} files, {kinds}, from {root}"
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        """key (epoch, index) -> uint8 (3, H, W), [(path, reason) of broken files]."""
+        epoch, index = key
+        broken = []
+        for shift in range(len(self.paths)):
+            path = self.paths[(index + shift) % len(self.paths)]
+            try:
+                image = read_image(path)
+                break
+            except OSError as error:
+                broken.append((path, str(error)))
+                if len(broken) > 0.01 * len(self.paths):
+                    return torch.zeros(3, *self.size, dtype=torch.uint8), broken
+        if epoch is None:                                   # evaluation: centre crop, as in the paper
+            short = round(min(self.size) * 256 / 224)
+            image = TF.resize(image, [short], InterpolationMode.BICUBIC, antialias=True)
+            return TF.center_crop(image, list(self.size)), broken
+        # The crop depends on seed, epoch and image alone, whatever worker makes it.
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch, index))
+        box = crop_boxes(1, *image.shape[1:], self.min_scale, generator)[0].tolist()
+        kind = [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC][
+            int(torch.rand((), generator=generator) < 0.5)]
+        return TF.resized_crop(image, *box, list(self.size), kind, antialias=True), broken
+
+    def _load(self, keys):
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
+            pin_memory=torch.device(self.device).type == "cuda")
+        for images, broken in loader:
+            for path, reason in broken:
+                if path not in self.broken:
+                    self.broken.add(path)
+                    print(f"broken image, replaced by the next one: {reason}", flush=True)
+            if len(self.broken) > 0.01 * len(self.paths):
+                raise InputError(f"{len(self.broken)} of {len(self.paths)} images in {self.root} cannot "
+                                 f"be read, more than 1 %, e.g. {min(self.broken)}: repair or remove them")
+            yield images.to(self.device, non_blocking=True)
+
+    def draw(self, b, generator):
+        return (torch.rand(b, device=generator.device, generator=generator) < 0.5,)
+
+    def batches(self, order, epoch):
+        return self._load([[(epoch, i) for i in indices.tolist()] for indices in order])
+
+    def augment(self, images, flip):
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        return normalise(images, self.mean, self.std)
+
+    def plain(self, indices, batch=100):
+        for images in self._load([[(None, i) for i in p.tolist()] for p in indices.split(batch)]):
+            yield normalise(images, self.mean, self.std)
+
+
+def collate(samples):
+    """[(image, broken)] -> images (b, 3, H, W), all broken ones."""
+    return torch.stack([image for image, _ in samples]), [b for _, bad in samples for b in bad]
+
+
+def mix(*numbers):
+    """One 63-bit seed from several whole numbers; close numbers give unrelated seeds."""
+    seed = 0
+    for number in numbers:                      # a step of SplitMix64 for each number
+        seed = (seed + number + 0x9E3779B97F4A7C15) % 2**64
+        seed = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        seed = (seed ^ seed >> 27) * 0x94D049BB133111EB % 2**64
+        seed ^= seed >> 31
+    return seed >> 1
+
+
+# -------------------------------------------------------------------------- sets by name or by path
+
+
+def open_data(name, row, size, data_dir="data", train_images=None, device="cpu", workers=0, seed=0):
+    """The training source and the test source (None where there is none) of `--data name`.
+
+    row: the set's row of SETS, possibly overridden. size: (H, W). train_images: use the first N
+    only. Raises InputError, e.g. for missing files or a folder without images."""
+    if name in SETS and name != "folder":
+        if name == "shapes":
+            train, test = draw_shapes(20_000, seed=1), draw_shapes(2_000, seed=2)
+        else:
+            train, test = (torchvision_set(name, data_dir, train) for train in (True, False))
+        check_count(train_images, len(train[0]))
+        train = [tensor[:train_images] for tensor in train]
+        return (SmallSet(*train, row, size, device), SmallSet(*test, row, size, device))
+
+    root = Path(name)
+    if not root.is_dir():
+        known = ", ".join(n for n in SETS if n != "folder")
+        raise InputError(f"--data {name}: no such folder, and not one of {known}")
+    has_train = (root / "train").is_dir()
+    options = dict(row=row, size=size, device=device, workers=workers, seed=seed)
+    train = Folder(root / "train" if has_train else root, **options)
+    if not len(train):
+        raise InputError(f"--data {name}: no images below {train.root} "
+                         f"(looked for {' '.join(sorted(EXTENSIONS))})")
+    test = None
+    if has_train and (root / "val").is_dir():
+        test = Folder(root / "val", **options, classes=train.classes)
+    if train_images is not None:
+        check_count(train_images, len(train))
+        # Folders are sorted by class: take images from everywhere, the same ones each time.
+        keep = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:train_images]
+        keep = keep.sort().values
+        train.paths = [train.paths[i] for i in keep.tolist()]
+        train.labels = train.labels[keep] if train.labels is not None else None
+        train.description += f", {train_images:,} of them used"
+    return train, test if test is not None and len(test) else None
+
+
+def check_count(train_images, available):
+    if train_images is not None and not 1 <= train_images <= available:
+        raise InputError(f"--train-images {train_images}: the set has 1 to {available} to give")
+
+
+def torchvision_set(name, data_dir, train):
+    """uint8 images (N, c, 32, 32) and labels (N,) of a small public set; downloads what is missing."""
+    kind, files = {
+        "fashion-mnist": (torchvision.datasets.FashionMNIST,
+                          "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]"),
+        "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py/ or cifar-10-python.tar.gz"),
+        "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python/ or cifar-100-python.tar.gz"),
+    }[name]
+    try:
+        try:
+            data = kind(data_dir, train=train, download=False)
+        except RuntimeError:                    # not there, or (CIFAR) not what it should be
+            data = kind(data_dir, train=train, download=True)
+    # OSError holds the network's errors; the rest is how damaged files show.
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError,
+            zlib.error) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"--data {name}: not found, nor downloaded ({reason[:160]}): "
+                         f"put {files} into {data_dir} (--data-dir)") from error
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    if name == "fashion-mnist":                                   # 28 x 28 grey, padded to 32 x 32
+        return torch.nn.functional.pad(images[:, None], (2, 2, 2, 2)), labels
+    return images.permute(0, 3, 1, 2).contiguous(), labels
+
+
+# ------------------------------------------------------------------------------------------- shapes
+
+FIGURES = ("disc", "ring", "square", "frame", "triangle", "cross", "star", "stripes", "dots",
+           "checker")
+
+
+def figure_distance(kind, u, v):
+    """Roughly the distance from the figure's edge, negative inside; (u, v) in figure units."""
+    r, a, b = torch.hypot(u, v), u.abs(), v.abs()
+    box = torch.maximum(a, b)
+    if kind == "disc":
+        return r - 0.8
+    if kind == "ring":
+        return (r - 0.7).abs() - 0.2
+    if kind == "square":
+        return box - 0.7
+    if kind == "frame":
+        return (box - 0.65).abs() - 0.18
+    if kind == "triangle":
+        return torch.maximum(0.866 * a + 0.5 * v, -v) - 0.5
+    if kind == "cross":
+        return torch.minimum(torch.maximum(a - 0.9, b - 0.25), torch.maximum(b - 0.9, a - 0.25))
+    if kind == "star":                  # folded onto one tenth of the star, a half-plane is left
+        angle = math.pi / 5 - (torch.atan2(v, u).remainder(2 * math.pi / 5) - math.pi / 5).abs()
+        return 0.6 * r * torch.cos(angle) + 0.8 * r * torch.sin(angle) - 0.6
+    if kind == "stripes":                                                        # three
+        return torch.maximum(box - 0.85, ((v + 0.85).remainder(0.68) - 0.17).abs() - 0.17)
+    if kind == "dots":                                                           # three by three
+        in_cell = ((x + 0.9).remainder(0.6) - 0.3 for x in (u, v))
+        return torch.maximum(box - 0.9, torch.hypot(*in_cell) - 0.22)
+    if kind == "checker":                                                        # four by four
+        waves = torch.sin(math.pi * u / 0.425) * torch.sin(math.pi * v / 0.425)
+        return torch.maximum(box - 0.85, -0.135 * waves)
+    raise ValueError(kind)
+
+
+def draw_shapes(count, seed, size=32):
+    """`count` drawn images: uint8 (count, 3, size, size), labels (count,) into FIGURES.
+
+    One figure each. Place, size, angle, colours, a ground of two waves and noise all vary, so that
+    comparing pixels tells little. Deterministic for a seed and a count."""
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=g)
+
+    labels = (torch.arange(count) % len(FIGURES))[torch.randperm(count, generator=g)]
+    out = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    x, y = axis[None, None, :], axis[None, :, None]
+    for part in torch.arange(count).split(2000):                         # bounds the memory needed
+        b = len(part)
+        grey = uniform(0.2, 0.8, b, 1, 1, 1)
+        ground = grey + uniform(-0.2, 0.2, b, 3, 1, 1)
+        for _ in range(2):
+            turn, phase = uniform(0, math.pi, b, 1, 1), uniform(0, 2 * math.pi, b, 1, 1)
+            along = torch.cos(turn) * x + torch.sin(turn) * y
+            wave = torch.sin(uniform(3, 14, b, 1, 1) * along + phase)
+            ground = ground + uniform(-0.1, 0.1, b, 1, 1, 1) * wave[:, None]
+        away = uniform(0.3, 0.55, b, 1, 1, 1)               # lighter on dark, darker on light
+        colour = torch.where(grey > 0.5, grey - away, grey + away) + uniform(-0.2, 0.2, b, 3, 1, 1)
+        angle, radius = uniform(0, 2 * math.pi, b, 1, 1), uniform(0.6, 0.9, b, 1, 1)
+        left, up = x - uniform(-0.35, 0.35, b, 1, 1), y - uniform(-0.35, 0.35, b, 1, 1)
+        u = (torch.cos(angle) * left + torch.sin(angle) * up) / radius
+        v = (torch.cos(angle) * up - torch.sin(angle) * left) / radius
+        distance = torch.empty(b, size, size)
+        for number, kind in enumerate(FIGURES):
+            mine = labels[part] == number
+            distance[mine] = figure_distance(kind, u[mine], v[mine])
+        cover = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]    # edge one pixel wide
+        image = ground * (1 - cover) + colour * cover
+        image = image + 0.01 * torch.randn(b, 3, size, size, generator=g)
+        out[part] = (image * 255).round().clamp(0, 255).byte()
+    return out, labels
+
+
+if __name__ == "__main__":
+    sheet, kinds = draw_shapes(200, seed=1)
+    sheet = sheet[kinds.argsort(stable=True)].float() / 255
+    torchvision.utils.save_image(sheet, "shapes.png", nrow=20, padding=1)
+    print(f"shapes.png: two rows each of {', '.join(FIGURES)}")
