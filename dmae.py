@@ -1024,9 +1024,7 @@ def pretrain(settings, teacher):
     if rank == 0 and not log:
         line = dict(epoch=0, step=0)
         if knn:
-            encoder = student.encoder
-            line["knn_pixels"] = knn(lambda images: torch.cat(
-                [(x * encoder.std + encoder.mean).flatten(1) for x in images]))
+            line["knn_pixels"] = knn(lambda images: torch.cat([x.flatten(1) for x in images]))
             line["knn"] = student_knn()
             say(f"  k-NN top-1: raw pixels {line['knn_pixels']:.1%}, untrained student {line['knn']:.1%}")
         record(**line)
