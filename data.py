@@ -15,6 +15,7 @@ uint8. Either way:
 Shapes in comments: b batch, c channels, h and w pixels of the source, H and W pixels handed over.
 """
 
+import functools
 import math
 import os
 import pickle
@@ -30,9 +31,9 @@ from torchvision.transforms.v2 import functional as TF
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# What suits each set. Every value is a flag of dmae.py, which prints the row it used. `folder` is
-# the paper's ImageNet recipe; the small sets are sized for two CPU cores and a grid of 8 x 8 patches.
-# `teacher` names the preset that `--teacher self` pre-trains first. Mean and deviation per channel.
+# What suits each set; dmae.py prints the row it uses, and has a flag for all but the statistics
+# (mean and deviation per channel). `folder` is the paper's ImageNet recipe; the small sets are
+# sized for two CPU cores. `teacher` is the preset that `--teacher self` pre-trains first.
 SETS = {
     "shapes": dict(
         channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), image_size=32, patch_size=4,
@@ -63,14 +64,18 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that says what to do."""
 
 
-def normalise(images, mean, std):
+class Normalise:
     """uint8 or float in 0..255 (b, c, H, W) -> float32, (x / 255 - mean) / std per channel."""
-    mean = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
-    std = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
-    return (images.float() - mean) / std
+
+    def __init__(self, mean, std, device):
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1) * 255
+
+    def __call__(self, images):
+        return (images.float() - self.mean) / self.std
 
 
-# ------------------------------------------------------------------- random resized crop, in a batch
+# ----------------------------------------------------------------- random resized crop, in a batch
 
 
 def crop_boxes(count, height, width, min_scale, generator):
@@ -86,9 +91,9 @@ def crop_boxes(count, height, width, min_scale, generator):
     fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
     first = fits.int().argmax(dim=1, keepdim=True)
     found = fits.any(dim=1)
-    h = torch.where(found, h.gather(1, first)[:, 0], float(min(height, round(width * 4 / 3))))
-    w = torch.where(found, w.gather(1, first)[:, 0], float(min(width, round(height * 4 / 3))))
-    place = torch.rand(2, count, **where).where(found, torch.tensor(0.5, device=generator.device))
+    h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width * 4 / 3)))
+    w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3)))
+    place = torch.where(found, torch.rand(2, count, **where), 0.5)
     top, left = (place[0] * (height - h + 1)).floor(), (place[1] * (width - w + 1)).floor()
     return torch.stack([top, left, h, w], dim=1).long()
 
@@ -112,7 +117,7 @@ def resize_matrix(start, length, source, target, bicubic):
 
 
 def resized_crop(images, boxes, bicubic, size):
-    """Crop each image by its own box and resize it: uint8 (b, c, h, w) -> float 0..255 (b, c, H, W).
+    """Crop each image by its own box, then resize: uint8 (b, c, h, w) -> float 0..255 (b, c, H, W).
 
     Resizing is linear in each direction, so that a whole batch is two batched matrix products."""
     top, left, height, width = boxes.T
@@ -129,8 +134,9 @@ class SmallSet:
 
     def __init__(self, images, labels, row, size, device="cpu"):
         self.images, self.labels = images.to(device), labels
-        self.mean, self.std, self.min_scale, self.size = row["mean"], row["std"], row["crop_scale"], size
-        self.description = f"{len(images):,} images of {images.shape[1]} x {images.shape[2]} x {images.shape[3]}"
+        self.size, self.min_scale = tuple(size), row["crop_scale"]
+        self.normalise = Normalise(row["mean"], row["std"], device)
+        self.description = f"{len(images):,} images of {' x '.join(map(str, images.shape[1:]))}"
 
     def __len__(self):
         return len(self.images)
@@ -147,23 +153,22 @@ class SmallSet:
     def augment(self, images, flip, bicubic, boxes):
         images = resized_crop(images, boxes, bicubic, self.size)
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return normalise(images, self.mean, self.std)
+        return self.normalise(images)
 
     def plain(self, indices, batch=500):
         for part in indices.to(self.images.device).split(batch):
             images = self.images[part]
             if images.shape[2:] != self.size:
-                images = TF.resize(images, list(self.size), InterpolationMode.BICUBIC, antialias=True)
-            yield normalise(images, self.mean, self.std)
+                images = TF.resize(images, self.size, InterpolationMode.BICUBIC, antialias=True)
+            yield self.normalise(images)
 
 
-# ------------------------------------------------------------------------------- folders of images
+# ------------------------------------------------------------------------------ folders of images
 
 
 def read_image(path):
-    """Any image file as uint8 RGB (3, h, w): alpha on white, 16 bits scaled to 8, EXIF rotation done.
-
-    Raises OSError, naming the file, for whatever cannot be decoded."""
+    """Any image file as uint8 RGB (3, h, w): alpha on white, 16 bits scaled to 8, EXIF rotation
+    done. Raises OSError, naming the file, for whatever cannot be decoded."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -187,8 +192,9 @@ class Folder(torch.utils.data.Dataset):
     the next readable one. More than 1 % of them raises InputError."""
 
     def __init__(self, root, row, size, device="cpu", workers=0, seed=0, classes=None):
-        self.root, self.size, self.device, self.workers, self.seed = root, size, device, workers, seed
-        self.mean, self.std, self.min_scale = row["mean"], row["std"], row["crop_scale"]
+        self.root, self.size, self.min_scale = root, list(size), row["crop_scale"]
+        self.device, self.workers, self.seed = device, workers, seed
+        self.normalise = Normalise(row["mean"], row["std"], device)
         self.paths, self.broken = [], set()
         for folder, subfolders, files in os.walk(root, followlinks=True):
             subfolders.sort()
@@ -220,16 +226,16 @@ class Folder(torch.utils.data.Dataset):
                 broken.append((path, str(error)))
                 if len(broken) > 0.01 * len(self.paths):
                     return torch.zeros(3, *self.size, dtype=torch.uint8), broken
-        if epoch is None:                                   # evaluation: centre crop, as in the paper
+        if epoch is None:                                       # evaluation: resize, centre crop
             short = round(min(self.size) * 256 / 224)
             image = TF.resize(image, [short], InterpolationMode.BICUBIC, antialias=True)
-            return TF.center_crop(image, list(self.size)), broken
+            return TF.center_crop(image, self.size), broken
         # The crop depends on seed, epoch and image alone, whatever worker makes it.
         generator = torch.Generator().manual_seed(mix(self.seed, epoch, index))
         box = crop_boxes(1, *image.shape[1:], self.min_scale, generator)[0].tolist()
         kind = [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC][
             int(torch.rand((), generator=generator) < 0.5)]
-        return TF.resized_crop(image, *box, list(self.size), kind, antialias=True), broken
+        return TF.resized_crop(image, *box, self.size, kind, antialias=True), broken
 
     def _load(self, keys):
         loader = torch.utils.data.DataLoader(
@@ -241,8 +247,9 @@ class Folder(torch.utils.data.Dataset):
                     self.broken.add(path)
                     print(f"broken image, replaced by the next one: {reason}", flush=True)
             if len(self.broken) > 0.01 * len(self.paths):
-                raise InputError(f"{len(self.broken)} of {len(self.paths)} images in {self.root} cannot "
-                                 f"be read, more than 1 %, e.g. {min(self.broken)}: repair or remove them")
+                raise InputError(
+                    f"{len(self.broken)} of {len(self.paths)} images in {self.root} cannot be "
+                    f"read, more than 1 %, e.g. {min(self.broken)}: repair or remove them")
             yield images.to(self.device, non_blocking=True)
 
     def draw(self, b, generator):
@@ -253,11 +260,11 @@ class Folder(torch.utils.data.Dataset):
 
     def augment(self, images, flip):
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return normalise(images, self.mean, self.std)
+        return self.normalise(images)
 
     def plain(self, indices, batch=100):
         for images in self._load([[(None, i) for i in p.tolist()] for p in indices.split(batch)]):
-            yield normalise(images, self.mean, self.std)
+            yield self.normalise(images)
 
 
 def collate(samples):
@@ -276,10 +283,11 @@ def mix(*numbers):
     return seed >> 1
 
 
-# -------------------------------------------------------------------------- sets by name or by path
+# ------------------------------------------------------------------------- sets by name or by path
 
 
-def open_data(name, row, size, data_dir="data", train_images=None, device="cpu", workers=0, seed=0):
+def open_data(name, row, size, data_dir="data", train_images=None, device="cpu", workers=0,
+              seed=0):
     """The training source and the test source (None where there is none) of `--data name`.
 
     row: the set's row of SETS, possibly overridden. size: (H, W). train_images: use the first N
@@ -309,8 +317,8 @@ def open_data(name, row, size, data_dir="data", train_images=None, device="cpu",
     if train_images is not None:
         check_count(train_images, len(train))
         # Folders are sorted by class: take images from everywhere, the same ones each time.
-        keep = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:train_images]
-        keep = keep.sort().values
+        generator = torch.Generator().manual_seed(0)
+        keep = torch.randperm(len(train), generator=generator)[:train_images].sort().values
         train.paths = [train.paths[i] for i in keep.tolist()]
         train.labels = train.labels[keep] if train.labels is not None else None
         train.description += f", {train_images:,} of them used"
@@ -323,7 +331,7 @@ def check_count(train_images, available):
 
 
 def torchvision_set(name, data_dir, train):
-    """uint8 images (N, c, 32, 32) and labels (N,) of a small public set; downloads what is missing."""
+    """uint8 images (N, c, 32, 32), labels (N,) of a small public set; downloads what is missing."""
     kind, files = {
         "fashion-mnist": (torchvision.datasets.FashionMNIST,
                           "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]"),
@@ -347,7 +355,7 @@ def torchvision_set(name, data_dir, train):
     return images.permute(0, 3, 1, 2).contiguous(), labels
 
 
-# ------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------ shapes
 
 FIGURES = ("disc", "ring", "square", "frame", "triangle", "cross", "star", "stripes", "dots",
            "checker")
@@ -383,6 +391,7 @@ def figure_distance(kind, u, v):
     raise ValueError(kind)
 
 
+@functools.lru_cache(maxsize=2)          # a run's teacher and student ask for the same
 def draw_shapes(count, seed, size=32):
     """`count` drawn images: uint8 (count, 3, size, size), labels (count,) into FIGURES.
 
