@@ -502,7 +502,7 @@ def read_weights(path):
                          "PyTorch file; give one that holds a plain state_dict()") from error
     # How damaged files have been seen to fail.
     except (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError,
-            struct.error) as error:
+            AssertionError, struct.error) as error:
         raise damaged from error
 
 
@@ -566,8 +566,9 @@ def load_vit(path, heads=None):
         depth, ignored = depth - 1, ignored + ["extra block"]
 
     # 3. Sizes.
-    for name, dimensions in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4)):
-        if name not in state or state[name].ndim != dimensions:
+    for name, dimensions in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4),
+                             ("blocks.0.norm1.weight", 1)):
+        if name not in state or state[name].ndim != dimensions or not state[name].numel():
             some = ", ".join([*state, *unknown][:3]) or "none"
             raise InputError(f"{path} holds no plain ViT: no {name} of {dimensions} dimensions "
                              f"among its tensors ({some}, ...)")
@@ -578,7 +579,8 @@ def load_vit(path, heads=None):
 
     # 4. Heads and normalisation.
     own = content.get("config")
-    own = own if isinstance(own, dict) and "heads" in own else {}
+    if not isinstance(own, dict) or not {"heads", "image_size", "mean", "std"} <= own.keys():
+        own = {}
     authors = "module.model." in prefixes or (
         container == "model" and "module.base_encoder." in prefixes)
     known, why = ((own["heads"], "its own config") if own else (12, "being the D-MAE authors'")
@@ -590,6 +592,9 @@ def load_vit(path, heads=None):
     if known is not None and heads not in (None, known):
         raise InputError(f"{path} has {known} heads by {why}, not {heads}")
     config |= dict(heads=known or heads) | {k: own[k] for k in ("image_size", "mean", "std") if own}
+    if not own and channels != 3:
+        raise InputError(f"{path} takes images of {channels} channels and does not say how they "
+                         "are normalised: only this project's own files may have other than 3")
     layout = ("this project" if own else "D-MAE authors" if authors
               else "MoCo-v3" if "module.base_encoder." in prefixes
               else "DINO" if container == "teacher" or "backbone." in prefixes
@@ -620,6 +625,8 @@ def split_heads(path, heads=None):
     """"x.pth:3" -> Path("x.pth"), 3. A file that is really called so stays whole."""
     match = re.fullmatch(r"(.+):(\d+)", str(path))
     if match and not os.path.exists(path):
+        if heads not in (None, int(match[2])):
+            raise InputError(f"{path}, and {heads} heads: give one number")
         return Path(match[1]), int(match[2])
     return Path(path), heads
 
@@ -922,7 +929,8 @@ def pretrain(settings, teacher):
     model.to(device)
     student = model if teacher is None else model.student
     encoder, patches = student.encoder, math.prod(student.encoder.grid)
-    total, warmup, peak = s.epochs * steps, s.warmup_epochs * steps, s.blr * s.batch_size / 256
+    total, warmup = s.epochs * steps, round(s.warmup_epochs * steps)
+    peak = s.blr * s.batch_size / 256
     local = s.batch_size // world
     mine, piece = slice(rank * local, (rank + 1) * local), s.micro_batch or local
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -969,7 +977,7 @@ def pretrain(settings, teacher):
         say(f"  teacher   {teacher.description}")
         say(f"  distilled blocks {', '.join(model.mixers)} by {s.match}, alpha {s.alpha:g}")
     say(f"  training  effective batch {s.batch_size}, learning rate {peak:.3g}, {total} steps, "
-        f"{warmup:g} of them warm-up; {device}, "
+        f"{warmup} of them warm-up; {device}, "
         f"{dict(off='float32', bf16='bfloat16', fp16='float16')[s.amp]}"
         f"{', compiled' if s.compile else ''}, {world} process{'es' * (world > 1)}")
     first, _ = next(pieces(0, next(iter(batches(0)))))
