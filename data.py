@@ -19,6 +19,7 @@ import functools
 import math
 import os
 import pickle
+import struct
 import zlib
 from pathlib import Path
 
@@ -93,9 +94,9 @@ def crop_boxes(count, height, width, min_scale, generator):
     found = fits.any(dim=1)
     h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width * 4 / 3)))
     w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3)))
-    place = torch.where(found, torch.rand(2, count, **where), 0.5)
-    top, left = (place[0] * (height - h + 1)).floor(), (place[1] * (width - w + 1)).floor()
-    return torch.stack([top, left, h, w], dim=1).long()
+    room = torch.stack([height - h, width - w])
+    place = torch.where(found, torch.rand(2, count, **where) * (room + 1), room / 2).floor()
+    return torch.stack([*place, h, w], dim=1).long()
 
 
 def resize_matrix(start, length, source, target, bicubic):
@@ -181,7 +182,7 @@ def read_image(path):
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     # Pillow reports damage by any of these, depending on the format.
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError,
-            zlib.error, Image.DecompressionBombError) as error:
+            AttributeError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise OSError(f"{path}: {error}") from error
 
 
@@ -197,7 +198,7 @@ class Folder(torch.utils.data.Dataset):
         self.normalise = Normalise(row["mean"], row["std"], device)
         self.paths, self.broken = [], set()
         for folder, subfolders, files in os.walk(root, followlinks=True):
-            subfolders.sort()
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             self.paths += [os.path.join(folder, f) for f in sorted(files)
                            if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")]
         names = [os.path.relpath(path, root).split(os.sep) for path in self.paths]
@@ -227,11 +228,11 @@ class Folder(torch.utils.data.Dataset):
                 if len(broken) > 0.01 * len(self.paths):
                     return torch.zeros(3, *self.size, dtype=torch.uint8), broken
         if epoch is None:                                       # evaluation: resize, centre crop
-            short = round(min(self.size) * 256 / 224)
+            short = round(max(self.size) * 256 / 224)
             image = TF.resize(image, [short], InterpolationMode.BICUBIC, antialias=True)
             return TF.center_crop(image, self.size), broken
         # The crop depends on seed, epoch and image alone, whatever worker makes it.
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch, index))
+        generator = torch.Generator().manual_seed(mix(self.seed, 2, epoch, index))
         box = crop_boxes(1, *image.shape[1:], self.min_scale, generator)[0].tolist()
         kind = [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC][
             int(torch.rand((), generator=generator) < 0.5)]
@@ -246,10 +247,10 @@ class Folder(torch.utils.data.Dataset):
                 if path not in self.broken:
                     self.broken.add(path)
                     print(f"broken image, replaced by the next one: {reason}", flush=True)
-            if len(self.broken) > 0.01 * len(self.paths):
-                raise InputError(
-                    f"{len(self.broken)} of {len(self.paths)} images in {self.root} cannot be "
-                    f"read, more than 1 %, e.g. {min(self.broken)}: repair or remove them")
+                if len(self.broken) > 0.01 * len(self.paths):
+                    raise InputError(
+                        f"{len(self.broken)} of {len(self.paths)} images in {self.root} cannot be "
+                        f"read, more than 1 %, e.g. {min(self.broken)}: repair or remove them")
             yield images.to(self.device, non_blocking=True)
 
     def draw(self, b, generator):

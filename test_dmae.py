@@ -1,0 +1,1339 @@
+"""All tests: python -m pytest
+
+Needs no network and no data. Tests against timm and Hugging Face are skipped where these are not
+installed.
+"""
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.v2 import functional as TF
+
+import data
+import dmae
+from data import SETS, InputError, read_image
+from dmae import (DMAE, MAE, Scores, ViT, knn_top1, learning_rate, load_vit, main,
+                  parameter_groups, resolve, save_student, sincos_positions, split_heads,
+                  train_step)
+
+# ============================================================================================ model
+# Fixed weights, images and masking noise, and what an independent implementation of the paper made
+# of them in float32.
+
+
+def wave(name, shape, scale=0.05):
+    """A fixed tensor for the parameter called `name`."""
+    phase = zlib.crc32(name.encode()) % 6283 / 1000
+    i = torch.arange(math.prod(shape), dtype=torch.float64)
+    numbers = scale * torch.sin(0.7310 * i + phase + 0.13 * torch.cos(0.0171 * i))
+    return numbers.float().view(shape)
+
+
+def fill(module, rename=lambda name: name):
+    """Every trained parameter becomes its wave, plus 1 for the weights of layer norms."""
+    for name, p in module.named_parameters():
+        if "pos_embed" not in name:
+            name = rename(name.removeprefix("encoder."))
+            p.data = wave(name, p.shape) + ("norm" in name and name.endswith("weight"))
+
+
+def fixed_images(b=2, size=224):
+    i = torch.arange(size)
+    return torch.stack([torch.stack([
+        torch.sin(i[:, None] * 0.05 * (c + 1) + n) + torch.cos(i * 0.083 * (n + 1) + c)
+        for c in range(3)]) for n in range(b)]).float()
+
+
+def fixed_noise(b=2, n=196):
+    return torch.stack([((torch.arange(n) * 37 + 11 * i) % n) / n for i in range(b)])
+
+
+def paper_model(decoupled=False):
+    student = MAE(ViT(), decode_after=8 if decoupled else None)
+    teacher = ViT(width=768)
+    model = DMAE(student, teacher, decoupled=decoupled)
+    fill(student)
+    fill(teacher)
+    if decoupled:            # the reference has a whole qkv there, whose value rows are never used
+        fill(model.extra, lambda name: "blocks.12." + name)
+        for kind, size in (("weight", (576, 192)), ("bias", (576,))):
+            qkv = wave(f"blocks.12.attn.qkv.{kind}", size)
+            getattr(model.extra.qk, kind).data = qkv[:384]
+    model.mixers["13:12" if decoupled else "12:12"].data = wave("adapter", (12, 12), 0.3)
+    return model
+
+
+EXPECTED = {
+    "mae": 1.2445016, "attn": 57.364601, "prediction": 0.2850142,
+    "blocks.0.attn.qkv.weight": 37.48925, "blocks.11.attn.qkv.weight": 742.65076,
+    "patch_embed.proj.weight": 103.21867, "decoder_pred.weight": 49.871662, "M": 36.825104}
+EXPECTED_DECOUPLED = {
+    "mae": 1.2444993, "attn": 57.356785, "prediction": 0.2850031,
+    "blocks.0.attn.qkv.weight": 25.241302, "blocks.7.mlp.fc1.weight": 58.581826,
+    "blocks.11.attn.qkv.weight": 24.027229, "blocks.12.norm1.weight": 0.15058867}
+
+
+@pytest.mark.parametrize("decoupled, expected", [(False, EXPECTED), (True, EXPECTED_DECOUPLED)])
+def test_agrees_with_an_independent_implementation(decoupled, expected):
+    model, images = paper_model(decoupled), fixed_images()
+    ids_keep = model.student.choose(fixed_noise())
+    losses = model(images, ids_keep)
+    (losses["mae"] + losses["attn"]).backward()
+    found = {name: p.grad.abs().sum() for name, p in model.student.named_parameters()
+             if p.requires_grad}
+    found = {name.removeprefix("encoder."): x for name, x in found.items()}
+    found |= {"mae": losses["mae"], "attn": losses["attn"],
+              "M": next(iter(model.mixers.values())).grad.abs().sum()}
+    if decoupled:
+        found["blocks.12.norm1.weight"] = model.extra.norm1.weight.grad.abs().sum()
+    tokens = model.student.encoder(images, ids_keep, tokens=[model.student.decode_after])[1]
+    found["prediction"] = model.student.decode(*tokens.values(), ids_keep)[0, 5, 7]
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value, rel=1e-4), name
+    if not decoupled:                             # the same model, compared after the softmax
+        model.match = "probs"
+        assert model(images, ids_keep)["attn"].item() == pytest.approx(0.00079768, rel=1e-4)
+
+
+def test_parameter_counts_of_the_paper():
+    student = MAE(ViT())
+    encoder = sum(p.numel() for p in student.encoder.parameters())
+    assert encoder == 5_524_416 and sum(p.numel() for p in student.parameters()) == 5_748_480
+    assert sum(p.numel() for p in student.parameters() if p.requires_grad) == 5_691_744
+    assert student.kept == 49
+
+
+def small_vit(**changes):
+    return ViT(**dict(image_size=32, patch_size=8, width=32, depth=3, heads=4) | changes)
+
+
+def small_model(seed=0, **options):
+    torch.manual_seed(seed)
+    options = dict(match="scores") | options
+    decode_after = options.pop("decode_after", None)
+    teacher = options.pop("teacher", None) or small_vit(width=48, depth=4, heads=6)
+    student = MAE(small_vit(), decoder_width=16, decoder_heads=2, decode_after=decode_after)
+    return DMAE(student, teacher, **options)
+
+
+def test_asking_for_scores_changes_no_bit_of_the_output():
+    vit, images = small_vit(), torch.randn(2, 3, 32, 32)
+    _, plain = vit(images, tokens=[3])
+    scores, tokens = vit(images, tokens=[0, 2, 3], scores=[1, 3])
+    assert torch.equal(plain[3], tokens[3])
+    # ... and the scores are those whose softmax weighs the values, head by head.
+    x = vit.blocks[2].norm1(tokens[2])
+    q, k, v = vit.blocks[2].attn.qkv(x).view(2, 17, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(scores[3], q @ k.mT / 8**0.5)
+    out = vit.blocks[2].attn.proj((scores[3].softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(tokens[2] + out, tokens[3] - vit.blocks[2].mlp(
+        vit.blocks[2].norm2(tokens[2] + out)), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_computed_past_what_is_asked_for():
+    vit, images = small_vit(), torch.randn(2, 3, 32, 32)
+    expected = vit(images, scores=[2], tokens=[3])[0][2]
+    for p in [*vit.blocks[2].parameters(), *vit.blocks[1].mlp.parameters(), *vit.norm.parameters(),
+              *vit.blocks[1].attn.proj.parameters()]:
+        p.data.fill_(math.nan)
+    vit.blocks[1].attn.qkv.weight.data[64:] = math.nan                     # the values
+    scores, tokens = vit(images, scores=[2])
+    assert not tokens and scores[2].isfinite().all()
+    torch.testing.assert_close(scores[2], expected)
+
+
+def test_embedding_is_the_strided_convolution():
+    vit, images = ViT((32, 48), 8, 1, 32, 1, 4, (0.5,), (0.5,)), torch.randn(2, 1, 32, 48)
+    expected = vit.patch_embed["proj"](images).flatten(2).mT + vit.pos_embed[:, 1:]
+    torch.testing.assert_close(vit.embed(images)[:, 1:], expected)
+    ids = torch.stack([torch.randperm(24)[:5] for _ in range(2)])
+    kept = expected.gather(1, ids[..., None].expand(-1, -1, 32))
+    torch.testing.assert_close(vit.embed(images, ids)[:, 1:], kept)
+
+
+def test_encode_sees_every_patch_and_is_deterministic():
+    vit, images = ViT((32, 48), 4, 1, 32, 2, 4, (0.5,), (0.5,)), torch.randn(2, 1, 32, 48)
+    tokens = vit.encode(images)
+    assert tokens.shape == (2, 1 + 8 * 12, 32) and torch.equal(tokens, vit.train().encode(images))
+    for y, x in ((0, 0), (31, 47), (13, 30)):
+        changed = images.clone()
+        changed[:, :, y, x] += 1
+        assert not torch.allclose(vit.encode(changed), tokens)
+
+
+# ============================================================================================== MAE
+
+
+def test_painted_patches_survive_masking_and_unshuffling():
+    """Patch i is painted with the number i; an encoder and a decoder that only pass numbers on must
+    put every visible number back into its place."""
+    mae = MAE(ViT((24, 32), 4, 1, 4, 0, 1, (0.0,), (1.0,)), 4, 0, 1, norm_pix=False)
+    n = 6 * 8
+    images = mae.encoder.unpatchify(torch.arange(float(n)).view(1, n, 1).expand(2, n, 16))
+    assert images[0, 0, 5, 9] == 1 * 8 + 2                  # row 5 is of patch row 1, column 9 of 2
+    torch.testing.assert_close(mae.encoder.patchify(images)[0, :, 3], torch.arange(float(n)))
+    for p in mae.parameters():
+        p.data.zero_()
+    mae.encoder.patch_embed["proj"].weight.data[0] = 1 / 16                  # the mean of a patch
+    mae.encoder.norm = mae.decoder_norm = torch.nn.Identity()
+    mae.decoder_embed.weight.data[0, 0] = mae.decoder_pred.weight.data[:, 0] = 1
+    mae.mask_token.data[:] = -1
+    ids_keep = mae.choose(torch.rand(2, n))
+    assert ids_keep.shape == (2, 12)
+    shown = mae.decode(mae.encoder.embed(images, ids_keep), ids_keep)[..., 0]
+    for row, ids in zip(shown, ids_keep):
+        expected = torch.full((n,), -1.0)
+        expected[ids] = ids.float()
+        torch.testing.assert_close(row, expected)
+
+
+def test_loss_touches_hidden_patches_only_and_normalises_each():
+    mae = MAE(small_vit(), 16, 1, 2)
+    images, ids_keep = torch.randn(2, 3, 32, 32), torch.tensor([[0, 3, 7, 15], [1, 2, 8, 9]])
+    prediction = torch.randn(2, 16, 192)
+    total, count = 0.0, 0
+    for b in range(2):                                       # the definition, patch by patch
+        for i in set(range(16)) - set(ids_keep[b].tolist()):
+            y, x = 8 * (i // 4), 8 * (i % 4)
+            patch = images[b, :, y:y + 8, x:x + 8].permute(1, 2, 0).flatten()
+            patch = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+            total, count = total + (prediction[b, i] - patch).square().mean(), count + 1
+    loss = mae.reconstruction_loss(images, prediction, ids_keep)
+    torch.testing.assert_close(loss, total / count)
+    prediction[0, 3] += 100                                                  # visible
+    assert torch.equal(mae.reconstruction_loss(images, prediction, ids_keep), loss)
+    prediction[0, 4] += 100                                                  # hidden
+    assert mae.reconstruction_loss(images, prediction, ids_keep) > 10 * loss
+    # Predicting nothing scores (n - 1) / n: the variance is the unbiased one.
+    zero = mae.reconstruction_loss(images, torch.zeros_like(prediction), ids_keep)
+    assert zero.item() == pytest.approx(191 / 192, rel=1e-4)
+
+
+def test_one_batch_is_overfitted():
+    torch.manual_seed(0)
+    model = DMAE(MAE(small_vit(), 64, 1, 4), small_vit(width=48, depth=4, heads=6))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
+    images, ids_keep = torch.randn(2, 3, 32, 32), torch.rand(2, 16).argsort(1)[:, :4]
+    first = train_one(model, optimizer, images, ids_keep, lr=3e-3)
+    for _ in range(200):
+        last = train_one(model, optimizer, images, ids_keep, lr=3e-3)
+    assert last["mae"] < 0.1 < 0.9 < first["mae"] and last["attn"] < 0.1 * first["attn"]
+
+
+def train_one(model, optimizer, images, ids_keep, lr=1e-3, piece=None):
+    parts = zip(images.split(piece or len(images)), ids_keep.split(piece or len(images)))
+    return train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), lr, parts,
+                      len(images), torch.autocast("cpu", enabled=False))
+
+
+# ============================================================================================ D-MAE
+
+
+def test_distance_is_the_mean_square_between_teacher_and_mixed_student():
+    model = small_model()
+    M = torch.randn(6, 4)
+    ours, theirs = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)
+    slow = torch.stack(
+        [theirs[:, t] - sum(M[t, s] * ours[:, s] for s in range(4)) for t in range(6)])
+    torch.testing.assert_close(model.distance(ours, theirs, M), slow.square().mean())
+    with torch.autocast("cpu", torch.bfloat16):                     # float32 whatever surrounds it
+        torch.testing.assert_close(model.distance(ours, theirs, M), slow.square().mean())
+
+
+def test_identical_student_and_teacher_are_at_distance_zero():
+    student = MAE(small_vit(), 16, 1, 2)
+    for match in ("scores", "probs", "hidden"):
+        teacher = small_vit()
+        teacher.load_state_dict(student.encoder.state_dict())
+        model = DMAE(student, teacher, match=match)
+        model.mixers["3:3"].data = torch.eye(32 if match == "hidden" else 4)
+        name = "hidden" if match == "hidden" else "attn"
+        assert model(torch.randn(2, 3, 32, 32))[name] < 1e-10
+        model.mixers["3:3"].data *= 1.1
+        assert model(torch.randn(2, 3, 32, 32))[name] > 1e-7
+
+
+def test_hidden_compares_normalised_tokens_and_layers_add_up():
+    images, ids_keep = torch.randn(2, 3, 32, 32), torch.rand(2, 16).argsort(1)[:, :4]
+    both = small_model(layers=[(1, 2), (3, 3)], match="hidden")
+    total = 0
+    for i, j in both.layers:
+        ours = both.student.encoder(images, ids_keep, tokens=[i])[1][i]
+        theirs = both.teacher(images, ids_keep, tokens=[j])[1][j]
+        ours, theirs = ((x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True)
+                                                          + 1e-5).sqrt() for x in (ours, theirs))
+        total += (ours @ both.mixers[f"{i}:{j}"].T - theirs).square().mean()
+    torch.testing.assert_close(both(images, ids_keep)["hidden"], total)
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(layers=[(1, 2), (3, 4)]), dict(match="probs"), dict(match="hidden", layers=[(2, 2)]),
+    dict(decoupled=True, decode_after=2)])
+def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(options):
+    model = small_model(**options)
+    before = {n: p.clone() for n, p in model.teacher.state_dict().items()}
+    model.train()
+    assert not any(m.training for m in model.teacher.modules())
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-2)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert not held & {id(p) for p in model.teacher.parameters()}
+    model(torch.randn(2, 3, 32, 32))["loss"].backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and p.grad.abs().sum() > 0) == p.requires_grad, name
+    optimizer.step()
+    assert all(p.grad is None for p in model.teacher.parameters())
+    assert all(torch.equal(p, before[n]) for n, p in model.teacher.state_dict().items())
+    assert not any("teacher" in name for name in model.state_dict())
+
+
+def test_decoupled_decodes_an_earlier_block():
+    model = small_model(decoupled=True, decode_after=2)
+    model(torch.randn(2, 3, 32, 32))["mae"].backward()
+    assert model.student.encoder.blocks[1].mlp.fc2.weight.grad.abs().sum() > 0
+    assert model.student.encoder.blocks[2].attn.qkv.weight.grad is None
+    assert isinstance(model.extra, Scores) and len(model.student.encoder.blocks) == 3
+
+
+def test_alpha_zero_is_plain_mae_to_the_bit():
+    images, ids_keep = torch.randn(8, 3, 32, 32), torch.rand(8, 16).argsort(1)[:, :4]
+    distilled, plain = small_model(alpha=0.0), small_model().student
+    optimizers = [torch.optim.AdamW(parameter_groups(m, 0.05)) for m in (distilled, plain)]
+    for _ in range(5):
+        losses = train_one(distilled, optimizers[0], images, ids_keep)
+        train_one(plain, optimizers[1], images, ids_keep)
+    assert losses["attn"] > 0
+    for (name, p), q in zip(distilled.student.named_parameters(), plain.parameters()):
+        assert torch.equal(p, q), name
+    assert not torch.equal(plain.encoder.cls_token, small_model().student.encoder.cls_token)
+
+
+def test_grey_small_student_under_a_large_colour_teacher():
+    """1 x 32 x 32 in patches of 4 under 3 x 224 x 224 in patches of 14: 8 x 8 for both."""
+    torch.manual_seed(0)
+    teacher = ViT(224, 14, 3, 48, 2, 6)
+    student = MAE(ViT(32, 4, 1, 32, 2, 4, (0.3,), (0.2,)), 16, 1, 2)
+    model = DMAE(student, teacher)
+    pixels = torch.rand(2, 1, 32, 32)
+    seen = model.teacher_images((pixels - 0.3) / 0.2)
+    assert seen.shape == (2, 3, 112, 112) and teacher.grid == (8, 8)
+    colour = F.interpolate(pixels, (112, 112), mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
+    expected = torchvision.transforms.v2.functional.normalize(
+        colour, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(teacher.pos_embed[:, 1:], sincos_positions(48, (8, 8)))
+    losses = model((pixels - 0.3) / 0.2)
+    losses["loss"].backward()
+    assert losses["attn"].isfinite() and model.mixers["2:2"].shape == (6, 4)
+
+
+def test_equal_settings_hand_the_teacher_the_very_same_batch():
+    model, images = small_model(), torch.randn(2, 3, 32, 32)
+    assert model.teacher_images(images) is images
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: small_model(layers=[(4, 4)]), "1 to 3"),
+    (lambda: small_model(layers=[(1, 0)]), "1 to 4"),
+    (lambda: small_model(layers=[(1, 1), (1, 1)]), "twice"),
+    (lambda: small_model(decoupled=True, layers=[(1, 1)]), "not together"),
+    (lambda: small_model(match="logits"), "choose"),
+    (lambda: small_model(teacher=small_vit(channels=1, mean=(0.5,), std=(0.5,))), "channel"),
+    (lambda: ViT(30, 8), "multiple"),
+    (lambda: ViT(32, 8, width=32, heads=5), "heads"),
+    (lambda: ViT(32, 8, width=30, heads=5), "multiple of 4"),
+    (lambda: MAE(small_vit(), mask_ratio=0.99), "visible"),
+    (lambda: MAE(small_vit(), mask_ratio=0.0), "hidden"),
+    (lambda: MAE(small_vit(), mask_ratio=math.nan), "mask ratio")])
+def test_settings_that_cannot_work_say_why(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+def test_scores_and_losses_stay_float32_under_autocast():
+    model, images = small_model(), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, tokens = model.student.encoder(images, scores=[3], tokens=[3])
+        losses = model(images)
+    assert scores[3].dtype == torch.float32 and tokens[3].isfinite().all()
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+
+
+# ================================================================================= loading teachers
+
+
+def scramble(model):
+    """Move every weight: the zeros and ones of a fresh model would hide what is lost or swapped."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn(weight.shape)
+    return model.eval()
+
+
+def scrambled_vit(**sizes):
+    return scramble(ViT(**dict(image_size=32, patch_size=8, width=48, depth=2, heads=3) | sizes))
+
+
+def some_images(vit):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, vit.config["channels"], *vit.config["image_size"], generator=generator)
+
+
+def save(content, path):
+    safe = path.suffix == ".safetensors"
+    (pytest.importorskip("safetensors.torch").save_file if safe else torch.save)(content, path)
+    return path
+
+
+def under(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def module(**parts):
+    return {f"module.{part}.{n}": t for part, state in parts.items() for n, t in state.items()}
+
+
+def other(state):
+    """Weights that must be left alone."""
+    return {name: tensor + 1 for name, tensor in state.items()}
+
+
+HEAD = {"head.weight": torch.ones(10, 48), "head.bias": torch.ones(10)}
+DECODER = dict.fromkeys(["mask_token", "decoder_pos_embed", "decoder_norm.bias"], torch.ones(1))
+# The files that are around, made of an encoder's weights `s`, and what their description must say.
+LAYOUTS = {
+    "mae_pretrain.pth": (lambda s: {"model": s}, "(MAE release)"),
+    "mae_visualize.pth": (lambda s: {"model": s | DECODER}, "(MAE release), decoder ignored"),
+    "mae_checkpoint.pth": (
+        lambda s: dict(model=s | DECODER, optimizer={"state": {0: {"exp_avg": torch.ones(2)}}},
+                       epoch=3, scaler={"scale": 2.0}, args=argparse.Namespace(lr=1e-3)),
+        "(MAE release), decoder, optimizer, epoch, scaler, args ignored"),
+    "mae_tiny.pth.tar": (lambda s: {"model": module(model=s)}, "(D-MAE authors)"),
+    "mae_tiny_distill.pth.tar": (
+        lambda s: {"model": module(model=s | DECODER, tch_model=other(s), attn_adapter=HEAD)},
+        "(D-MAE authors), decoder, teacher, mixer ignored"),
+    "supervised.pth.tar": (
+        lambda s: {"model": module(model={n.replace("norm.", "fc_norm."): s[n] for n in s} | HEAD)},
+        "(D-MAE authors), head ignored"),
+    "d2mae.pth.tar": (
+        lambda s: {"model": module(model=s | {
+            n.replace("blocks.0.", "blocks.11."): t for n, t in other(s).items()
+            if n.startswith(("blocks.0.norm1.", "blocks.0.attn.qkv."))})},
+        "(D-MAE authors), extra block ignored"),
+    "moco_tiny.pth.tar": (lambda s: {"model": module(base_encoder=s)}, "(D-MAE authors)"),
+    "moco_v3.pth.tar": (
+        lambda s: {"state_dict": module(
+            base_encoder=s | HEAD, momentum_encoder=other(s), predictor=HEAD)},
+        "(MoCo-v3), head, momentum encoder, predictor ignored"),
+    "dino.pth": (lambda s: s, "(timm)"),                         # nothing tells the two apart
+    "dino_full.pth": (
+        lambda s: {"student": module(backbone=other(s)), "teacher": under("backbone.", s) | HEAD},
+        "(DINO), head, student ignored"),
+    "deit.pth": (lambda s: {"model": s | HEAD}, "(DeiT), head ignored"),
+    "timm.bin": (lambda s: s | HEAD, "(timm), head ignored"),
+    "timm.safetensors": (lambda s: s, "(timm)"),
+    "compiled.pth": (lambda s: {"model": under("_orig_mod.", s)}, "(MAE release)"),
+    "inside.pth": (lambda s: {"model": module(_orig_mod=s)}, "(MAE release)"),
+    "outside.pth": (lambda s: {"model": under("_orig_mod.module.", s)}, "(MAE release)"),
+    "authors.pth": (lambda s: under("_orig_mod.module.model.", s), "(D-MAE authors)"),
+    "config.pth": (lambda s: {"model": s, "config": {"heads": 3}}, "(MAE release)"),     # not ours
+}
+
+
+def assert_same(vit, source):
+    weights, expected = vit.state_dict(), source.state_dict()
+    assert vit.config == source.config and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert torch.equal(vit.encode(some_images(vit)), source.encode(some_images(vit)))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_in_the_wild(tmp_path, name):
+    make, ending = LAYOUTS[name]
+    heads = 12 if "authors" in ending else 3
+    source = scrambled_vit(depth=11, heads=heads)                    # 11: block 10 follows 9, not 1
+    path = save(make(source.state_dict()), tmp_path / name)
+    vit = load_vit(path, heads=None if heads == 12 else 3)       # the authors' decide on their own
+    assert_same(vit, source)
+    assert vit.description == (f"ViT 48 wide, 11 blocks, {heads} heads, patch 8, grid 4x4, "
+                               f"from {name} {ending}")
+
+
+def test_our_students_come_back(tmp_path):
+    encoder = scrambled_vit(image_size=(16, 32), channels=1, mean=(0.5,), std=(0.3,))
+    mae = MAE(encoder, 16, 1, 2, decode_after=1)
+    for model in mae, DMAE(mae, scrambled_vit(channels=1), decoupled=True):
+        save_student(tmp_path / "student.pth", model)
+        vit = load_vit(tmp_path / "student.pth")
+        assert_same(vit, encoder)
+        assert "(this project), decoder" in vit.description
+
+
+@pytest.mark.parametrize("name", ["ViTMAEForPreTraining", "ViTMAEModel"])
+def test_hugging_face_agrees(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    model = scramble(getattr(transformers, name)(transformers.ViTMAEConfig(
+        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=11, num_attention_heads=3,
+        intermediate_size=192, decoder_hidden_size=16, decoder_num_hidden_layers=1, mask_ratio=0.0,
+        decoder_num_attention_heads=2, decoder_intermediate_size=16, layer_norm_eps=1e-6)))
+    model.save_pretrained(tmp_path)                              # under other names than in memory
+    for path in tmp_path / "model.safetensors", save(model.state_dict(), tmp_path / "model.pth"):
+        vit = load_vit(path, heads=3)
+        noise = torch.arange(16.0).expand(2, -1)                 # ascending: patches in order
+        theirs = getattr(model, "vit", model)(some_images(vit), noise=noise).last_hidden_state
+        torch.testing.assert_close(vit.encode(some_images(vit)), theirs, atol=1e-4, rtol=1e-4)
+        assert "(Hugging Face)" in vit.description
+
+
+@pytest.mark.parametrize("channels, size, patch", [(3, (32, 32), 16), (1, (16, 32), 4)])
+def test_timm_agrees(tmp_path, channels, size, patch):
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    theirs = scramble(timm.VisionTransformer(
+        img_size=size, patch_size=patch, in_chans=channels, embed_dim=48, depth=11, num_heads=3,
+        num_classes=0, global_pool="token"))
+
+    def assert_agrees(vit):
+        features = theirs.forward_features(some_images(vit))
+        torch.testing.assert_close(vit.encode(some_images(vit)), features, atol=1e-5, rtol=1e-5)
+    if channels == 3:
+        assert_agrees(load_vit(save(theirs.state_dict(), tmp_path / "timm.pth"), heads=3))
+    ours = scrambled_vit(image_size=size, patch_size=patch, channels=channels, depth=11,
+                     mean=[0.5] * channels, std=[0.3] * channels)
+    save_student(tmp_path / "student.pth", MAE(ours, 16, 1, 2))
+    theirs.load_state_dict(torch.load(tmp_path / "student.pth", weights_only=True)["model"])
+    assert_agrees(ours)
+
+
+def refusal(path, heads=None):
+    """What load_vit says when it refuses: one line."""
+    with pytest.raises(InputError) as caught:
+        load_vit(path, heads)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("width, make, heads, why", [
+    (768, lambda s: {"model": s, "config": dict(
+        heads=8, image_size=[32, 32], mean=[0.5] * 3, std=[0.3] * 3)}, 8, "its own config"),
+    (48, lambda s: {"model": module(model=s)}, 12, "being the D-MAE authors'"),
+    (768, lambda s: s, 12, "its width, 768"),
+    (1024, lambda s: s, 16, "its width, 1024"),
+    (1280, lambda s: s, 16, "its width, 1280"),
+])
+def test_files_that_decide_their_heads(tmp_path, width, make, heads, why):
+    state = ViT(image_size=32, width=width, depth=1, heads=1).state_dict()
+    path = save(make(state), tmp_path / "x.pth")
+    assert load_vit(path).config["heads"] == load_vit(path, heads).config["heads"] == heads
+    assert f"{heads} heads by {why}, not 4" in refusal(f"{path}:4")          # nobody overrules it
+
+
+def test_heads_that_the_caller_decides(tmp_path):
+    path = save(scrambled_vit().state_dict(), tmp_path / "x.pth")
+    message = refusal(path)
+    assert "48 wide" in message and "write it behind the name, x.pth:12" in message
+    assert load_vit(path, 6).config["heads"] == load_vit(f"{path}:6", 6).config["heads"] == 6
+    assert split_heads(f"{path}:6") == (path, 6) and split_heads(path, 6) == (path, 6)
+    assert "does not divide into 5 heads" in refusal(path, 5)
+    assert "does not divide into 0 heads" in refusal(f"{path}:0")
+    odd = path.rename(tmp_path / "a.pth:3")                      # a name, not a number of heads
+    assert split_heads(odd) == (odd, None)
+    assert load_vit(odd, 12).config["heads"] == load_vit(f"{odd}:12").config["heads"] == 12
+    assert "12" in refusal(f"{odd}:6", 12)                       # which of the two?
+
+
+def saved(content, legacy=False):
+    torch.save(content, buffer := io.BytesIO(), _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+def misspelt(state):
+    """A legacy file with a wrong digit in the last name of a storage."""
+    data = bytearray(saved(state, legacy=True))
+    data[[name.end() for name in re.finditer(rb"\d{8,}", data)][-1] - 1] ^= 1
+    return bytes(data)
+
+
+REFUSED = {
+    "empty": (lambda s: b"", "truncated: fetch it again"),
+    "wrong digit": (misspelt, "fetch it again"),
+    "text": (lambda s: b"version https://git-lfs.github.com/spec/v1\n", "no PyTorch file; give"),
+    "module": (lambda s: scrambled_vit(), "give one that holds a plain state_dict()"),
+    "tensor": (lambda s: s["pos_embed"], "holds no state dict, but a Tensor"),
+    "nothing": (lambda s: {}, "no cls_token of 3 dimensions among its tensors (none, ...)"),
+    "resnet": (lambda s: torchvision.models.resnet18().state_dict(), "its tensors (conv1.weight, "),
+    "distilled": (lambda s: s | {"dist_token": s["cls_token"]}, "the model without distillation"),
+    "scale": (lambda s: s | {"blocks.0.ls1.gamma": s["norm.bias"]}, "blocks.0.ls1.gamma does not"),
+    "relative": (lambda s: s | {"blocks.0.attn.relative_position_bias_table": torch.ones(732, 12)},
+                 "relative_position_bias_table does not belong"),
+    "missing": (lambda s: {n: s[n] for n in s if n != "norm.bias"}, "norm.bias is missing"),
+    "no blocks": (lambda s: {n: s[n] for n in s if "blocks" not in n}, "holds no plain ViT"),
+    "no positions": (lambda s: s | {"pos_embed": torch.ones(1, 0, 48)}, "pos_embed"),
+    "shape": (lambda s: s | {"norm.bias": torch.ones(47)}, "norm.bias is (47,), not (48,)"),
+    "twice": (lambda s: s | under("module.", s), "cls_token twice, under different prefixes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_a_reason(tmp_path, case):
+    make, reason = REFUSED[case]
+    content, path = make(scrambled_vit().state_dict()), tmp_path / "x.pth"
+    path.write_bytes(content if isinstance(content, bytes) else saved(content))
+    message = refusal(path, 3)
+    assert str(path) in message and reason in message
+
+
+def test_missing_files_and_folders(tmp_path):
+    address = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth"
+    assert address in refusal(tmp_path / "x.pth") and address in refusal(f"{tmp_path}/x.pth:3")
+    assert "is a folder: name the file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["zip.pth", "legacy.pth", "x.safetensors"])
+def test_truncated_files(tmp_path, kind):
+    path, state = tmp_path / kind, scrambled_vit(width=8, heads=2).state_dict()
+    whole = (save(state, path).read_bytes() if path.suffix == ".safetensors"
+             else saved(state, legacy=kind == "legacy.pth"))
+    for size in [*range(0, len(whole), 199), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        assert re.search("fetch it again|no PyTorch file", refusal(path, 2)), size
+
+
+def test_safetensors_may_not_be_installed(tmp_path, monkeypatch):
+    (tmp_path / "x.safetensors").touch()
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in refusal(tmp_path / "x.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_code_is_run(tmp_path):
+    path, marker = tmp_path / "x.pth", tmp_path / "marker"
+
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {marker}",)
+    for dump in torch.save, pickle.dump:
+        with path.open("wb") as file:
+            dump({"model": scrambled_vit().state_dict(), "args": Code()}, file)
+        assert "it holds code" in refusal(path, 3) and not marker.exists()
+    pickle.loads(path.read_bytes())
+    assert marker.exists()                                       # it would have run
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_sincos_positions_by_hand(swapped):
+    table = [[wave(place * 10000 ** (-k / 4))
+              for place in ((row, column) if swapped else (column, row))
+              for wave in (math.sin, math.cos) for k in range(4)]
+             for row in range(2) for column in range(3)]
+    torch.testing.assert_close(sincos_positions(16, (2, 3), swapped), torch.tensor([table]))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_resize_grid_recomputes_sine_cosine(swapped):
+    vit = scrambled_vit()
+    cls = vit.pos_embed[:, :1].clone()
+    vit.pos_embed.data[:, 1:] = sincos_positions(48, (4, 4), swapped) + 1e-5    # others' rounding
+    assert vit.resize_grid([2, 6]) is vit and not vit.pos_embed.requires_grad
+    assert torch.equal(vit.pos_embed[:, 1:], sincos_positions(48, (2, 6), swapped))
+    assert torch.equal(vit.pos_embed[:, :1], cls)
+    assert vit.grid == (2, 6) and vit.config["image_size"] == [16, 48]
+    assert vit.encode(some_images(vit)).shape == (2, 13, 48)
+
+
+@pytest.mark.parametrize("grid", [(7, 5), (2, 3)])
+def test_resize_grid_interpolates_a_learnt_table(grid):
+    layers = pytest.importorskip("timm.layers")
+    vit = scrambled_vit()
+    before = vit.pos_embed.requires_grad_(True)
+    assert vit.resize_grid([4, 4]).pos_embed is before           # nothing to do
+    expected = layers.resample_abs_pos_embed(before, list(grid), num_prefix_tokens=1)
+    assert vit.resize_grid(grid).pos_embed.requires_grad         # still learnt
+    torch.testing.assert_close(vit.pos_embed, expected, atol=1e-4, rtol=0)
+    assert (vit.pos_embed[:, 1:] - sincos_positions(48, grid)).abs().max() > 0.1
+
+
+# ============================================================================================= data
+
+
+def noise(*shape, seed=0):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(seed))
+
+
+def write_images(root, *names, height=10, width=12):
+    """A picture of noise in each file, every one different."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(height, width, 3, seed=number).numpy()).save(root / name)
+
+
+def image_folder(root, **options):
+    return data.Folder(root, **dict(row=SETS["folder"], size=(8, 8)) | options)
+
+
+def torchvision_box(*size, min_scale):
+    return v2.RandomResizedCrop.get_params(torch.empty(1, *size), (min_scale, 1), (3 / 4, 4 / 3))
+
+
+def test_crop_boxes_are_distributed_as_torchvisions():
+    ours = data.crop_boxes(30_000, 60, 80, 0.2, torch.manual_seed(0))
+    theirs = torch.tensor([torchvision_box(60, 80, min_scale=0.2) for _ in range(3000)])
+    top, left, h, w = ours.T
+    assert top.min() == 0 and left.min() == 0                      # every border is reached,
+    assert (top + h).max() == 60 and (left + w).max() == 80        # and none is crossed
+    # Area and ratio; rounding moves each side by half a pixel at most.
+    assert ((h - 0.5) * (w - 0.5) <= 60 * 80).all() and ((h + 0.5) * (w + 0.5) >= 960).all()
+    assert ((w + 0.5) / (h - 0.5) >= 3 / 4).all() and ((w - 0.5) / (h + 0.5) <= 4 / 3).all()
+    a, b = (torch.cat([x, x[:, 2:].prod(1, keepdim=True)], dim=1).double() for x in (ours, theirs))
+    sigma = (a.var(dim=0) / len(a) + b.var(dim=0) / len(b)).sqrt()
+    assert ((a.mean(dim=0) - b.mean(dim=0)).abs() < 4 * sigma).all()      # of the box and its area
+
+
+@pytest.mark.parametrize("size", [(4, 100), (100, 4), (5, 99), (8, 30)])
+def test_where_no_crop_fits_the_centre_is_taken_as_torchvision_does(size):
+    boxes = data.crop_boxes(3, *size, 0.9, torch.manual_seed(0))
+    assert boxes.tolist() == [list(torchvision_box(*size, min_scale=0.9))] * 3
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 28), (72, 60)])
+def test_resized_crop_is_torchvisions_image_by_image(size):
+    images, boxes = noise(12, 3, 40, 48), data.crop_boxes(12, 40, 48, 0.1, torch.manual_seed(0))
+    boxes[0] = torch.tensor([39, 46, 1, 2])                        # a corner, all of it edge
+    bicubic = torch.arange(12) % 3 == 0
+    out = data.resized_crop(images, boxes, bicubic, size)
+    for image, box, cubic, ours in zip(images.float(), boxes.tolist(), bicubic, out):
+        kind = InterpolationMode.BICUBIC if cubic else InterpolationMode.BILINEAR
+        theirs = TF.resized_crop(image, *box, list(size), kind, antialias=True).clamp(0, 255)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+def test_augment_flips_the_chosen_images_and_no_others(tmp_path):
+    images, row = noise(6, 3, 32, 32), SETS["cifar10"]
+    flip, bicubic = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1]]).bool()
+    small = data.SmallSet(images, None, row, (32, 32))
+    plain, = small.plain(torch.arange(6))
+    torch.testing.assert_close(plain, TF.normalize(images / 255, row["mean"], row["std"]))
+    expected = torch.stack([x.flip(-1) if f else x for x, f in zip(plain, flip)])
+    whole = torch.tensor([[0, 0, 32, 32]] * 6)
+    assert torch.equal(small.augment(images, flip, bicubic, whole), expected)
+    assert torch.equal(image_folder(tmp_path, row=row).augment(images, flip), expected)
+
+
+def test_read_image_understands_every_kind_of_pixel(tmp_path):
+    rgba = noise(5, 7, 4).numpy()
+    rgb, grey, alpha = rgba[..., :3], rgba[..., :1], rgba[..., 3:] / 255
+    deep = (grey * 257.0 + 100).clip(0, 65535).astype(np.uint16)
+    deep[0, :3, 0] = 0, 32768, 65535
+    index, colours = rgb[..., 0] % 4, noise(4, 3).numpy()
+    glass = np.where(np.arange(4)[:, None] == 2, 255, colours)     # entry 2 shows the white below
+    palette = Image.fromarray(index)
+    palette.putpalette(colours.tobytes())
+    cases = {                       # name: (image, how it should look, options of its file)
+        "rgb": (Image.fromarray(rgb), rgb, {}),
+        "grey": (Image.fromarray(grey[..., 0]), grey, {}),
+        "1-bit": (Image.fromarray(grey[..., 0] > 127), (grey > 127) * 255, {}),
+        "16-bit": (Image.fromarray(deep[..., 0]), deep / 257, {}),
+        "palette": (palette, colours[index], {}),
+        "palette, one entry transparent": (palette, glass[index], dict(transparency=2)),
+        "rgba": (Image.fromarray(rgba), rgb * alpha + 255 * (1 - alpha), {}),
+        "la": (Image.fromarray(rgba[..., ::3].copy()), grey * alpha + 255 * (1 - alpha), {})}
+    for orientation, quarters in ((3, 2), (6, -1)):                # upside down, on its left side
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        cases[f"exif {orientation}"] = Image.fromarray(rgb), np.rot90(rgb, quarters), {"exif": exif}
+    for name, (image, expected, options) in cases.items():
+        image.save(tmp_path / f"{name}.png", **options)
+        pixels = data.read_image(tmp_path / f"{name}.png").permute(1, 2, 0).numpy()
+        assert pixels.dtype == np.uint8 and pixels.shape == (*expected.shape[:2], 3), name
+        assert np.abs(pixels - expected.astype(float)).max() <= 0.51, name     # to the nearest
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
+    red = torch.tensor([255.0, 0, 0]).view(3, 1, 1)
+    assert (data.read_image(tmp_path / "print.jpg") - red).abs().max() <= 8     # JPEG is lossy
+
+
+def test_read_image_names_the_file_that_cannot_be_decoded(tmp_path):
+    # Pillow rewrites the EXIF of a picture that it turns, and stumbles if the width is a text.
+    exif = struct.pack("<6s2sHIHHHIIHHI4sI", b"Exif", b"II", 42, 8, 2,
+                       0x0112, 3, 1, 6, 0x0100, 2, 4, b"wide", 0)
+    Image.fromarray(noise(40, 40, 3).numpy()).save(tmp_path / "exif.jpg", exif=exif)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "exif.jpg").read_bytes()[:1000])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("not an image\n" * 100)
+    for name in ("cut.jpg", "empty.png", "text.jpg", "exif.jpg"):
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / name))):
+            data.read_image(tmp_path / name)
+
+
+def test_folder_of_train_and_val_has_a_class_per_folder(tmp_path):
+    def open_it(**options):
+        return data.open_data(str(tmp_path), SETS["folder"], (8, 8), **options)
+
+    names = ["cat/0.png", "cat/1.JPEG", "dog/0.webp", "emu/old/0.png"]
+    write_images(tmp_path, *(f"{part}/{name}" for part in ("train", "val") for name in names))
+    write_images(tmp_path / "train", ".thumbnails/0.png", "cat/._0.png", ".0.png")
+    (tmp_path / "train" / "notes.txt").touch()
+    train, test = open_it()
+    assert train.paths == [str(tmp_path / "train" / name) for name in names]
+    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 2]
+    few, _ = open_it(train_images=3)                     # not the first three
+    assert len(few) == len(few.labels) == 3
+    assert all(f"/{few.classes[i]}/" in path for i, path in zip(few.labels, few.paths))
+    write_images(tmp_path, "val/bird/0.png")             # its numbers would mean something else
+    assert open_it()[0].labels is not None and open_it()[1].labels is None
+    write_images(tmp_path, "train/0.png")                # an image without a class
+    assert len(open_it()[0]) == 5 and open_it()[0].labels is None
+
+
+def test_folder_plain_is_a_resize_and_a_centre_crop(tmp_path):
+    write_images(tmp_path, "0.png", height=60, width=80)
+    image = next(image_folder(tmp_path, size=(16, 28)).plain(torch.tensor([0])))[0]
+    small = TF.resize(Image.open(tmp_path / "0.png"), 32, InterpolationMode.BICUBIC)     # Pillow's
+    pixels = TF.pil_to_tensor(TF.center_crop(small, (16, 28)))
+    expected = TF.normalize(pixels / 255, data.IMAGENET_MEAN, data.IMAGENET_STD)
+    assert (image - expected).abs().max() < 1.5 / 255 / 0.224                # one grey level
+
+
+def test_folder_crops_depend_on_seed_epoch_and_index_alone(tmp_path):
+    write_images(tmp_path, *(f"{i}.png" for i in range(8)), height=12)
+    shuffled = torch.randperm(8, generator=torch.manual_seed(0)).view(2, 4)
+
+    def crops(order=shuffled, epoch=3, **options):
+        images = torch.cat(list(image_folder(tmp_path, **options).batches(order, epoch)))
+        return images[order.flatten().argsort()]
+
+    assert torch.equal(crops(), crops(workers=2))
+    assert torch.equal(crops(), crops(order=shuffled.flip(0, 1)))
+    for other in (crops(epoch=4), crops(seed=1)):
+        assert (other != crops()).flatten(1).any(dim=1).all()
+    # A crop of everything, at its own size, is the file itself.
+    whole = crops(row=SETS["folder"] | dict(crop_scale=1.0), size=(12, 12))
+    files = torch.stack([noise(12, 12, 3, seed=i) for i in range(8)])
+    assert torch.equal(whole, files.permute(0, 3, 1, 2))
+
+
+def folder_of_120(root, *broken, **options):
+    write_images(root, *(f"{i:03}.png" for i in range(120)))
+    for i in broken:
+        (root / f"{i:03}.png").write_bytes(b"")
+    return image_folder(root, **options), torch.arange(120).view(4, 30)
+
+
+def test_a_broken_image_is_replaced_by_the_next_and_named_once(tmp_path, capsys):
+    source, order = folder_of_120(tmp_path, 119)         # after the last comes the first
+    assert [len(list(source.batches(order, epoch))) for epoch in range(2)] == [4, 4]
+    assert source.broken == {str(tmp_path / "119.png")}
+    first, second, last = next(source.plain(torch.tensor([0, 1, 119])))
+    assert torch.equal(last, first) and not torch.equal(last, second)
+    line, = capsys.readouterr().out.splitlines()
+    assert "119.png" in line
+
+
+@pytest.mark.parametrize("count, workers", [(3, 0), (3, 2), (120, 0)])
+def test_too_many_broken_images_are_an_error(tmp_path, count, workers):
+    source, order = folder_of_120(tmp_path, *range(count), workers=workers)
+    assert len(source[0, 0][1]) == 2                     # past 1 % it looks for no further one
+    with pytest.raises(InputError, match="of 120 images .*000.png"):
+        list(source.batches(order, 0))
+
+
+def test_shapes_are_balanced_and_the_same_for_a_seed():
+    (images, labels), again, other = (data.draw_shapes(500, seed) for seed in (1, 1, 2))
+    assert images.dtype == torch.uint8 and images.shape == (500, 3, 32, 32)
+    assert labels.bincount().tolist() == [50] * 10
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
+    assert not torch.equal(images, other[0]) and not torch.equal(labels, other[1])
+
+
+def test_pixels_tell_little_about_shapes():
+    sources = data.open_data("shapes", SETS["shapes"], (32, 32), train_images=10_000)
+    bank, test = (torch.cat(list(s.plain(torch.arange(len(s))))).flatten(1) for s in sources)
+    assert (len(bank), len(test)) == (10_000, 2_000)
+    accuracy = dmae.knn_top1(bank, sources[0].labels, test, sources[1].labels)
+    assert 0.12 < accuracy < 0.40                        # chance is 0.10, with a deviation of 0.007
+
+
+def test_fashion_mnist_is_read_from_its_files_and_padded(tmp_path):
+    raw, sets = tmp_path / "FashionMNIST" / "raw", []
+    raw.mkdir(parents=True)
+    for part, count in (("train", 12), ("t10k", 5)):
+        sets.append((noise(count, 28, 28, seed=count), noise(count, seed=count) % 10))
+        for kind, tensor in zip(("images-idx3", "labels-idx1"), sets[-1]):
+            head = struct.pack(f">{1 + tensor.ndim}I", 0x800 + tensor.ndim, *tensor.shape)
+            (raw / f"{part}-{kind}-ubyte").write_bytes(head + tensor.numpy().tobytes())
+    sources = data.open_data("fashion-mnist", SETS["fashion-mnist"], (32, 32), tmp_path, 7)
+    for source, (images, labels), count in zip(sources, sets, (7, 5)):
+        padded = np.pad(images[:count, None].numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
+        assert np.array_equal(source.images.numpy(), padded)
+        assert torch.equal(source.labels, labels[:count].long())
+
+
+def test_open_data_says_what_is_wrong_in_one_line(tmp_path, monkeypatch):
+    def no_network(*args, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    write_images(tmp_path, "two/0.png", "two/1.png")
+    for name in ("empty", "texts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts" / "notes.txt").touch()
+    two = str(tmp_path / "two")
+    for name, train_images, message in (
+            ("fashion-mnist", None, "no network.* FashionMNIST/raw/.*--data-dir"),
+            ("cifar10", None, "no network.* cifar-10-batches-py/ .*--data-dir"),
+            ("cifar100", None, "no network.* cifar-100-python/ .*--data-dir"),
+            ("cifar11", None, "cifar11: .*shapes, fashion-mnist, cifar10, cifar100"),
+            (str(tmp_path / "empty"), None, "empty: no images"),
+            (str(tmp_path / "texts"), None, "texts: no images"),
+            (two, 0, "--train-images 0: .*1 to 2"), (two, 3, "--train-images 3: .*1 to 2")):
+        with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
+            data.open_data(name, SETS["folder"], (8, 8), tmp_path / "sets", train_images)
+
+
+def test_mix_gives_close_numbers_unrelated_seeds():
+    keys = [key for n in (1, 2, 3) for key in itertools.product(range(10), repeat=n)]
+    seeds = [data.mix(*key) for key in keys]
+    assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
+    assert 30 < np.mean([(a ^ b).bit_count() for a, b in itertools.pairwise(seeds)]) < 33
+    assert data.mix(1234567) == 6457827717110365317 >> 1     # SplitMix64's published first number
+
+
+# ========================================================================================= training
+
+
+def test_learning_rate_at_the_joints():
+    def rate(step):
+        return learning_rate(step, total=100, warmup=20, peak=2.4e-3)
+    assert [rate(0), rate(10), rate(20)] == pytest.approx([0, 1.2e-3, 2.4e-3])
+    assert rate(60) == pytest.approx(1.2e-3)                              # half-way down the cosine
+    assert 0 < rate(99) < 2.4e-3 * 0.001
+    assert learning_rate(0, total=10, warmup=0, peak=1) == 1
+
+
+def test_groups_partition_the_parameters_and_spare_biases_and_norms():
+    model = DMAE(MAE(ViT(depth=1)), ViT(width=768, depth=1))
+    decayed, free = parameter_groups(model, 0.05)
+    assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
+    names = {id(p): n for n, p in model.named_parameters()}
+    block = {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "mixers.1:1", "student.mask_token", "student.encoder.cls_token",
+        "student.encoder.patch_embed.proj.weight", "student.decoder_embed.weight",
+        "student.decoder_pred.weight"} | {
+        f"student.{part}.0.{n}" for part in ("encoder.blocks", "decoder_blocks") for n in block}
+    both = [id(p) for p in decayed["params"] + free["params"]]
+    assert sorted(both) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_knn_against_a_loop():
+    torch.manual_seed(0)
+    bank, test = torch.randn(60, 5), torch.randn(40, 5)
+    labels, answers = torch.randint(4, (60,)), torch.randint(4, (40,))
+    right = 0
+    for feature, answer in zip(test, answers):
+        similarity = [torch.cosine_similarity(feature, other, dim=0).item() for other in bank]
+        votes = [0.0] * 4
+        for i in sorted(range(60), key=lambda i: -similarity[i])[:20]:
+            votes[labels[i]] += math.exp(similarity[i] / 0.07)
+        right += votes.index(max(votes)) == answer
+    assert knn_top1(bank, labels, test, answers) == pytest.approx(right / 40)
+    assert knn_top1(bank * 3, labels, bank, labels, k=1) == 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """40 + 16 images of 16 pixels in two classes, each a gradient one way or the other."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 20), ("val", 8)):
+        for label in ("down", "right"):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                image = torch.arange(16.0).expand(3, 16, 16) * 12 + torch.rand(3, 1, 1) * 60
+                image = image.mT if label == "down" else image
+                image = (image + torch.rand(3, 16, 16) * 10).byte().contiguous()
+                to_pil_image(image).save(root / split / label / f"{i}.png")
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A file of a ViT 24 wide, 3 deep, 3 heads, grid 4 x 4, as this project writes it."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    save_student(path, MAE(ViT(32, 8, 3, 24, 3, 3), 16, 1, 2))
+    return str(path)
+
+
+def arguments(folder, teacher, *more):
+    return ["--data", folder, "--teacher", teacher, "--image-size", "16", "--patch-size", "4",
+            "--student", "nano", "--epochs", "2", "--batch-size", "8", "--blr", "0.03",
+            "--workers", "0", *map(str, more)]
+
+
+def weights(out):
+    content = torch.load(Path(out) / "student.pth", weights_only=True)
+    parts = ("model", "decoder", "mixers")
+    return {f"{part}.{n}": t for part in parts for n, t in content[part].items()}
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def same_bits(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(log):
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")}
+            for line in log]
+
+
+def same_function(a, b):
+    """Weights whose gradient is zero but for rounding (key biases) may differ: compare features."""
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = [load_vit(Path(out) / "student.pth").encode(images) for out in (a, b)]
+    return torch.allclose(*found, atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def run(folder, teacher, tmp_path_factory):
+    """A finished run to compare others with."""
+    return main(arguments(folder, teacher, "--out", tmp_path_factory.mktemp("runs") / "plain"))
+
+
+def test_a_run_leaves_what_it_should(run, teacher):
+    assert {p.name for p in run.iterdir()} == set(dmae.RUN_FILES)
+    log = log_of(run)
+    assert [line["epoch"] for line in log] == [0, 1, 2] and log[-1]["step"] == 10
+    assert {"knn_pixels", "knn"} < set(log[0]) and log[2]["mae"] < log[1]["mae"]
+    assert {"loss", "mae", "attn", "lr", "images_per_second", "data_wait", "knn"} < set(log[1])
+    assert log[1]["loss"] == pytest.approx(log[1]["mae"] + log[1]["attn"], rel=1e-5)
+    content = torch.load(run / "student.pth", weights_only=True)
+    assert list(content["mixers"]) == ["4:3"] and content["mixers"]["4:3"].shape == (3, 4)
+    assert content["config"]["image_size"] == [16, 16] and content["config"]["heads"] == 4
+    student = load_vit(run / "student.pth")
+    assert student.grid == (4, 4) and student.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 17, 64)
+    checkpoint = torch.load(run / "checkpoint.pth", weights_only=True)
+    assert not any("teacher" in name for name in checkpoint["model"])
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["teacher_sha256"] == hashlib.sha256(Path(teacher).read_bytes()).hexdigest()
+
+
+def test_pictures_show_what_they_say(run):
+    image = read_image(run / "reconstruction.png").float()
+    side = 96 + 2                                             # of a tile, with its frame
+    assert image.shape[1:] == (8 * side + 2, 4 * side + 2)
+    tiles = image[:, 2:, 2:].unfold(1, 96, side).unfold(2, 96, side)         # 3 rows columns 96 96
+    patches = tiles.unfold(3, 24, 24).unfold(4, 24, 24).flatten(5, 6).flatten(3, 4)  # ... n pixels
+    original, visible, _, both = patches.permute(2, 1, 3, 0, 4).flatten(3)   # rows n numbers each
+    kept = (visible == original).all(-1)
+    assert (kept.sum(-1) == 4).all() and (both[kept] == original[kept]).all()
+    assert visible[~kept].std(dim=-1).max() < 45          # one colour: the mean, in three channels
+    assert (both[~kept] != original[~kept]).any(-1).all()
+    attention = read_image(run / "attention.png")
+    assert attention.shape[1:] == (2 * 4 * side + 2, (1 + 4) * side + 2)     # student has 4 heads
+    assert (attention[:, 2 + side:2 + side + 96, 2 + 4 * side:2 + 4 * side + 96] == 255).all()
+
+
+def test_same_seed_same_bits_other_seed_other_bits(run, folder, teacher, tmp_path):
+    again = main(arguments(folder, teacher, "--out", tmp_path / "a", "--workers", 2))
+    assert same_bits(run, again) and without_times(log_of(run)) == without_times(log_of(again))
+    other = main(arguments(folder, teacher, "--out", tmp_path / "b", "--seed", 1))
+    assert not same_bits(run, other)
+
+
+def test_alpha_zero_on_the_command_line_is_teacher_none(folder, teacher, tmp_path):
+    distilled = main(arguments(folder, teacher, "--alpha", 0, "--out", tmp_path / "a"))
+    plain = main(arguments(folder, "none", "--out", tmp_path / "b"))
+    a, b = weights(distilled), weights(plain)
+    assert all(torch.equal(a[name], b[name]) for name in b) and set(a) - set(b) == {"mixers.4:3"}
+    assert log_of(distilled)[1]["attn"] > 0 and "attn" not in log_of(plain)[1]
+
+
+def test_micro_batches_do_the_same(run, folder, teacher, tmp_path):
+    pieces = main(arguments(folder, teacher, "--micro-batch", 3, "--out", tmp_path / "a"))
+    assert same_function(run, pieces) and not same_bits(run, pieces)
+    assert log_of(pieces)[-1]["loss"] == pytest.approx(log_of(run)[-1]["loss"], rel=1e-3)
+
+
+def test_interrupted_and_resumed_ends_in_the_same_bits(run, folder, teacher, tmp_path, monkeypatch,
+                                                       capsys):
+    def stop(*args, **kwargs):
+        stop.steps += 1
+        if stop.steps == 8:                                    # in the middle of the second epoch
+            raise KeyboardInterrupt
+        return train_step(*args, **kwargs)
+    stop.steps = 0
+    monkeypatch.setattr(dmae, "train_step", stop)
+    with pytest.raises(SystemExit) as end:
+        main(arguments(folder, teacher, "--out", tmp_path / "a"))
+    assert end.value.code == 130
+    assert capsys.readouterr().err.strip().endswith(f"--resume --out {tmp_path / 'a'}")
+    monkeypatch.undo()
+    resumed = main(["--resume", "--out", str(tmp_path / "a")])                  # no other flag
+    assert same_bits(run, resumed) and without_times(log_of(run)) == without_times(log_of(resumed))
+
+
+def test_resume_refuses_other_settings_and_another_teacher(folder, teacher, tmp_path, capsys):
+    copy = tmp_path / "teacher.pth"
+    copy.write_bytes(Path(teacher).read_bytes())
+    out = main(arguments(folder, str(copy), "--epochs", 1, "--out", tmp_path / "a"))
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    fails(["--resume", "--out", out, "--alpha", 2, "--mask-ratio", 0.5], "alpha was 1.0, now 2.0; "
+          "mask_ratio was 0.75, now 0.5", capsys)
+    torch.manual_seed(2)
+    save_student(copy, MAE(ViT(32, 8, 3, 24, 3, 3), 16, 1, 2))
+    fails(["--resume", "--out", out], "the content of .* is another", capsys)
+    fails(["--resume", "--out", tmp_path], "config.json", capsys)
+    fails(["--resume"], "--out", capsys)
+    assert {p: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_teacher_self_is_an_earlier_run_without_teacher(tmp_path):
+    more = ["--train-images", "64", "--epochs", "1", "--seed", "3"]
+    both, first, second = (tmp_path / name for name in ("both", "first", "second"))
+    main([*more, "--out", str(both)])
+    main([*more, "--teacher", "none", "--student", "micro", "--out", str(first)])
+    assert same_bits(both / "teacher", first)
+    main([*more, "--teacher", str(first / "student.pth"), "--out", str(second)])
+    assert same_bits(both, second)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, teacher, tmp_path, capsys):
+    out = tmp_path / "a"
+    flags = ["--epochs", 20, "--blr", 1e20, "--warmup-epochs", 1, "--out", out]
+    fails(arguments(folder, teacher, *flags),
+          r"(mae|attn|weights).* not finite in steps \d+ to \d+, at learning rate .*--blr", capsys)
+    if (out / "checkpoint.pth").exists():
+        saved = torch.load(out / "checkpoint.pth", weights_only=True)
+        assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+# ===================================================================================== command line
+
+
+def fails(argv, words, capsys):
+    """One line on stderr with `words`, exit status 2, no traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([str(x) for x in argv])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and error.startswith("dmae.py: error: ")
+    assert re.search(words, error), error
+
+
+# Every flag, with what must be seen of it afterwards: in config.json, log.jsonl or student.pth.
+def config(out):
+    return json.loads((out / "config.json").read_text())["settings"]
+
+
+FLAGS = {
+    "--train-images 24": lambda out: log_of(out)[1]["step"] == 3,
+    "--student micro": lambda out: load_vit(out / "student.pth").width == 96,
+    "--image-size 24 --patch-size 6": lambda out: load_vit(out / "student.pth").grid == (4, 4),
+    "--crop-scale 1": lambda out: not same_bits(out, RUN[0]),
+    "--mask-ratio 0.5": lambda out: decoder_config(out)["mask_ratio"] == 0.5,
+    "--no-norm-pix": lambda out: not decoder_config(out)["norm_pix"]
+        and log_of(out)[1]["mae"] != log_of(RUN[0])[1]["mae"],
+    "--layers 1:2,4:3": lambda out: {"mixers.1:2", "mixers.4:3"} < weights(out).keys(),
+    "--match probs": lambda out: weights(out)["mixers.4:3"].shape == (3, 4)
+        and log_of(out)[1]["attn"] != log_of(RUN[0])[1]["attn"],
+    "--match hidden": lambda out: weights(out)["mixers.4:3"].shape == (24, 64),
+    "--alpha 3": lambda out: log_of(out)[1]["loss"] == pytest.approx(
+        log_of(out)[1]["mae"] + 3 * log_of(out)[1]["attn"], rel=1e-5),
+    "--decoupled": lambda out: "mixers.5:3" in weights(out) and "model.blocks.4.norm1.weight"
+        not in weights(out) and decoder_config(out)["decode_after"] == 2,
+    "--decoder-width 24 --decoder-depth 2 --decoder-heads 3": lambda out:
+        weights(out)["decoder.decoder_blocks.1.attn.qkv.weight"].shape == (72, 24),
+    "--warmup-epochs 1": lambda out: log_of(out)[1]["lr"] == pytest.approx(0.8 * 0.03 * 8 / 256),
+    "--epochs 0": lambda out: len(log_of(out)) == 1 and untrained(out),
+    "--batch-size 5": lambda out: log_of(out)[1]["step"] == 8,
+    "--micro-batch 4": lambda out: config(out)["micro_batch"] == 4,
+    "--blr 0": lambda out: untrained(out),
+    "--weight-decay 0.5": lambda out: not same_bits(out, RUN[0]),
+    "--seed 7": lambda out: not same_bits(out, RUN[0]),
+    "--workers 1": lambda out: same_bits(out, RUN[0]),
+    "--device cpu": lambda out: same_bits(out, RUN[0]),
+    "--amp bf16": lambda out: not same_bits(out, RUN[0]) and log_of(out)[2]["mae"] ==
+        pytest.approx(log_of(RUN[0])[2]["mae"], rel=0.02),
+    "--amp off --no-compile": lambda out: same_bits(out, RUN[0]),
+    "--compile": lambda out: same_function(out, RUN[0]),
+    "--data-dir elsewhere": lambda out: same_bits(out, RUN[0]),
+    "--overwrite": lambda out: same_bits(out, RUN[0]),
+}
+RUN = []                              # the finished run, once there is one
+
+
+def decoder_config(out):
+    return torch.load(out / "student.pth", weights_only=True)["config"]
+
+
+def untrained(out):
+    """The weights are those of a fresh model of the same seed."""
+    fresh = dmae.new_model(config(out), teacher=None)
+    return all(torch.equal(p, weights(out)[f"model.{n}"])
+               for n, p in fresh.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flag(flags, run, folder, teacher, tmp_path):
+    RUN[:] = [run]
+    out = main(arguments(folder, teacher, "--out", tmp_path / "a", *flags.split()))
+    assert FLAGS[flags](out)
+
+
+def test_no_flag_is_left_untested_and_each_has_its_help():
+    actions = dmae.make_parser()._actions
+    tested = set(" ".join(FLAGS).split()) | {"--help", "--teacher", "--data", "--out", "--resume"}
+    assert {action.option_strings[0] for action in actions} - {"-h"} <= tested
+    assert all(len(action.help) > 15 for action in actions)
+
+
+def test_fresh_numbered_folders_and_overwrite(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [main(arguments(folder, "none", "--epochs", 0)) for _ in range(2)]
+    assert [str(run) for run in runs] == ["runs/0001", "runs/0002"]
+    (runs[0] / "mine.txt").write_text("not ours")
+    fails(arguments(folder, "none", "--out", runs[0]), "--overwrite", capsys)
+    main(arguments(folder, "none", "--epochs", 0, "--out", runs[0], "--overwrite"))
+    assert (runs[0] / "mine.txt").read_text() == "not ours"
+    fails(arguments(folder, str(runs[0] / "student.pth"), "--out", runs[0], "--overwrite"),
+          "would delete the teacher", capsys)
+    assert (runs[0] / "student.pth").exists()
+
+
+def test_a_real_teacher_on_shapes_is_sized_for_a_cpu(tmp_path):
+    """--teacher FILE alone, with a teacher as wide as MAE-Base: the run is short by default."""
+    path, settings, longer = tmp_path / "base.pth", {}, {}
+    torch.save({"model": ViT(width=768, depth=1).state_dict()}, path)
+    assert resolve(dict(teacher=str(path)), settings).config["heads"] == 12
+    assert settings["student"] == "nano"
+    assert settings["train_images"] * settings["epochs"] <= 20_000
+    resolve(dict(teacher=f"{path}:12", epochs=9), longer)
+    assert longer["epochs"] == 9
+
+
+def bad(words, *flags):
+    return pytest.param(flags, words, id=" ".join(flags)[:40] or "none")
+
+
+@pytest.mark.parametrize("flags, words", [
+    bad("mae_pretrain_vit_base.pth", "--teacher", "no/such/file.pth"),
+    bad("is a folder", "--teacher", "."),
+    bad("no such folder", "--data", "no/such/folder"),
+    bad("no images", "--data", "{empty}"),
+    bad("multiple of patch size", "--image-size", "30"),
+    bad("multiple of patch size", "--patch-size", "0"),
+    bad("visible", "--mask-ratio", "0.99"), bad("hidden", "--mask-ratio", "0"),
+    bad("mask ratio nan", "--mask-ratio", "nan"), bad("invalid float", "--mask-ratio", "most"),
+    bad("1 to 4", "--layers", "5:3"), bad("pairs", "--layers", "4"),
+    bad("twice", "--layers", "1:1,1:1"),
+    bad("not together", "--layers", "4:3", "--decoupled"),
+    bad("not together", "--match", "hidden", "--decoupled"),
+    bad("need|not with", "--teacher", "none", "--decoupled"),
+    bad("more than the 40", "--batch-size", "41"), bad("from 1", "--batch-size", "0"),
+    bad("from 0", "--epochs", "-1"), bad("invalid int", "--epochs", "1.5"),
+    bad("from 0", "--blr", "nan"), bad("from 0", "--weight-decay", "-1"),
+    bad("from 0", "--seed", "-1"),
+    bad("from 0", "--alpha", "inf"), bad("more than the 2 epochs", "--warmup-epochs", "3"),
+    bad("crop-scale", "--crop-scale", "0"), bad("the set has", "--train-images", "41"),
+    bad("divide", "--decoder-heads", "5"), bad("multiple of 4", "--decoder-width", "6"),
+    bad("--device", "--device", "toaster"), bad("CUDA", "--amp", "fp16"),
+    bad("choose from", "--student", "giant"), bad("choose from", "--match", "logits"),
+    bad("unrecognized", "--learning-rate", "1"), bad("unrecognized", "--epoch", "1"),
+    bad("expected one argument", "--seed"), bad("cannot write", "--out", "{file}/below"),
+    bad("exclude", "--resume", "--overwrite")])
+def test_bad_input_is_one_line_and_loses_nothing(flags, words, folder, teacher, tmp_path, capsys,
+                                                monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("a file")
+    flags = [flag.format(empty=tmp_path / "empty", file=tmp_path / "file") for flag in flags]
+    fails(arguments(folder, teacher, *flags), words, capsys)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "file"]
+
+
+def test_missing_teacher_names_the_three_choices(folder, capsys):
+    fails(["--data", folder], "FILE.*none.*self", capsys)
+
+
+# =================================================================================== real processes
+
+
+def start(*argv, module=(), **options):
+    script = str(Path(dmae.__file__))
+    return subprocess.Popen([sys.executable, *module, script, *map(str, argv)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_process_default_run_shortened(tmp_path):
+    process = start("--train-images", 320, "--epochs", 1, cwd=tmp_path)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    for words in ("raw pixels", "untrained student", "predicting nothing", "teacher   ViT 96 wide"):
+        assert words in output
+    out = tmp_path / "runs" / "0001"
+    assert set(dmae.RUN_FILES) < {p.name for p in out.iterdir()}
+    assert len(log_of(out)) == len(log_of(out / "teacher")) == 2
+
+
+def test_process_refuses_a_file_with_code(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+    torch.save({"model": Code()}, tmp_path / "x.pth")
+    process = start("--teacher", "x.pth", cwd=tmp_path)
+    output, errors = process.communicate()
+    assert process.returncode == 2 and errors.count("\n") == 1 and "code" in errors
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_process_killed_and_resumed(folder, teacher, tmp_path):
+    argv = arguments(folder, teacher, "--epochs", 30, "--out", tmp_path / "killed")
+    process = start(*argv)
+    while not (tmp_path / "killed" / "checkpoint.pth").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and len(log_of(tmp_path / "killed")) < 31
+    resumed = main(["--resume", "--out", str(tmp_path / "killed")])
+    straight = main([*argv[:-1], str(tmp_path / "straight")])
+    assert same_bits(resumed, straight)
+    assert without_times(log_of(resumed)) == without_times(log_of(straight))
+
+
+def test_process_two_under_torchrun(run, folder, teacher, tmp_path):
+    out = tmp_path / "two"
+    process = start(*arguments(folder, teacher, "--micro-batch", 3, "--out", out), module=(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"))
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert same_function(run, out)
+    for one, two in zip(log_of(run), log_of(out)):
+        assert one["knn"] == pytest.approx(two["knn"], abs=0.13)           # 16 images: two of them
+        if one["epoch"]:
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
