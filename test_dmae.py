@@ -513,16 +513,16 @@ def test_hugging_face_agrees(tmp_path, name):
 def test_timm_agrees(tmp_path, channels, size, patch):
     timm = pytest.importorskip("timm.models.vision_transformer")
     theirs = scramble(timm.VisionTransformer(
-        img_size=size, patch_size=patch, in_chans=channels, embed_dim=48, depth=11, num_heads=3,
+        img_size=size, patch_size=patch, in_chans=channels, embed_dim=48, depth=11, num_heads=6,
         num_classes=0, global_pool="token"))
 
     def assert_agrees(vit):
         features = theirs.forward_features(some_images(vit))
         torch.testing.assert_close(vit.encode(some_images(vit)), features, atol=1e-5, rtol=1e-5)
-    if channels == 3:
-        assert_agrees(load_vit(save(theirs.state_dict(), tmp_path / "timm.pth"), heads=3))
+    if channels == 3:                                            # and square, as all but ours
+        assert_agrees(load_vit(save(theirs.state_dict(), tmp_path / "timm.pth"), heads=6))
     ours = scrambled_vit(image_size=size, patch_size=patch, channels=channels, depth=11,
-                     mean=[0.5] * channels, std=[0.3] * channels)
+                     heads=6, mean=[0.5] * channels, std=[0.3] * channels)
     save_student(tmp_path / "student.pth", MAE(ours, 16, 1, 2))
     theirs.load_state_dict(torch.load(tmp_path / "student.pth", weights_only=True)["model"])
     assert_agrees(ours)
@@ -557,7 +557,7 @@ def test_heads_that_the_caller_decides(tmp_path):
     assert "48 wide" in message and "write it behind the name, x.pth:12" in message
     assert load_vit(path, 6).config["heads"] == load_vit(f"{path}:6", 6).config["heads"] == 6
     assert split_heads(f"{path}:6") == (path, 6) and split_heads(path, 6) == (path, 6)
-    assert "does not divide into 5 heads" in refusal(path, 5)
+    assert f"{path}: width 48 does not divide into 5 heads" in refusal(path, 5)
     assert "does not divide into 0 heads" in refusal(f"{path}:0")
     odd = path.rename(tmp_path / "a.pth:3")                      # a name, not a number of heads
     assert split_heads(odd) == (odd, None)
@@ -593,6 +593,7 @@ REFUSED = {
     "no blocks": (lambda s: {n: s[n] for n in s if "blocks" not in n}, "holds no plain ViT"),
     "no positions": (lambda s: s | {"pos_embed": torch.ones(1, 0, 48)}, "pos_embed"),
     "shape": (lambda s: s | {"norm.bias": torch.ones(47)}, "norm.bias is (47,), not (48,)"),
+    "grey": (lambda s: s | {"patch_embed.proj.weight": torch.ones(48, 1, 8, 8)}, "of 1 channels"),
     "twice": (lambda s: s | under("module.", s), "cls_token twice, under different prefixes"),
 }
 
