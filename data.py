@@ -2,15 +2,15 @@
 
     python data.py            draws shapes.png, a sheet of the `shapes` images
 
-Two kinds of source with the same five members. `SmallSet` keeps every image on the device as uint8
-and augments a whole batch there; `Folder` decodes and crops in DataLoader workers and hands over
-uint8. Either way:
+Two kinds of source. `SmallSet` keeps every image on the device as uint8 and augments a whole batch
+there; `Folder` decodes and crops in DataLoader workers and hands over uint8. Both have:
 
-    source.draw(b, generator)            the random numbers of one step, for the whole batch
-    source.batches(order, epoch)         uint8 batches, in the given order
-    source.augment(uint8, *draws)        -> float (b, c, height, width), normalised
-    source.plain(indices)                -> the same without augmentation, batch by batch
-    source.labels                        (N,) int64, or None
+    draw(b, generator)        random numbers for `augment`, a tuple of tensors of b rows
+    batches(order, epoch)     uint8 batches; order: index tensors (b,), one for each
+    augment(uint8, *draws)    -> float (b, c, H, W), normalised
+    plain(indices)            -> the same without augmentation, batch by batch
+    labels                    (N,) int64, or None
+    len(), description, and broken: the files that could not be read
 
 Shapes in comments: b batch, c channels, h and w pixels of the source, H and W pixels handed over.
 """
@@ -32,29 +32,29 @@ from torchvision.transforms.v2 import functional as TF
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# What suits each set; dmae.py prints the row it uses, and has a flag for all but the statistics
-# (mean and deviation per channel). `folder` is the paper's ImageNet recipe; the small sets are
-# sized for two CPU cores. `teacher` is the preset that `--teacher self` pre-trains first.
+# What suits each set; dmae.py prints the row it uses. Sizes and lengths have a flag; the channels'
+# number, means and deviations do not. `folder` is the paper's ImageNet recipe; the small sets are
+# sized for two CPU cores. `teacher_preset` is what `--teacher self` pre-trains first.
 SETS = {
     "shapes": dict(
         channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), image_size=32, patch_size=4,
-        crop_scale=0.5, student="nano", teacher="micro",
+        crop_scale=0.5, student="nano", teacher_preset="micro",
         epochs=2, batch_size=32, blr=2.4e-2),
     "fashion-mnist": dict(
         channels=1, mean=(0.286,), std=(0.353,), image_size=32, patch_size=4,
-        crop_scale=0.5, student="nano", teacher="mini",
+        crop_scale=0.5, student="nano", teacher_preset="mini",
         epochs=4, batch_size=128, blr=3e-3),
     "cifar10": dict(
         channels=3, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), image_size=32,
-        patch_size=4, crop_scale=0.2, student="nano", teacher="mini",
+        patch_size=4, crop_scale=0.2, student="nano", teacher_preset="mini",
         epochs=20, batch_size=128, blr=3e-3),
     "cifar100": dict(
         channels=3, mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276), image_size=32,
-        patch_size=4, crop_scale=0.2, student="nano", teacher="mini",
+        patch_size=4, crop_scale=0.2, student="nano", teacher_preset="mini",
         epochs=20, batch_size=128, blr=3e-3),
     "folder": dict(
         channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD, image_size=224, patch_size=16,
-        crop_scale=0.08, student="tiny", teacher="base",
+        crop_scale=0.08, student="tiny", teacher_preset="base",
         epochs=400, batch_size=4096, blr=1.5e-4),
 }
 
@@ -173,6 +173,8 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no known scale: convert to 8 bits")
             if image.mode.startswith("I"):                      # 16-bit grey: 65535 is white
                 grey = np.asarray(image).astype(np.float64) / 257
                 image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
@@ -187,18 +189,24 @@ def read_image(path):
 
 
 class Folder(torch.utils.data.Dataset):
-    """Image files; a class for each first-level folder if there are such. Keys: (epoch, index).
+    """Image files below `root`, read as they are needed; a class for each of its subfolders, if
+    every file is in one. `classes`: those that are required, or there are no labels.
 
-    `batches` and `plain` keep the set `broken`: paths that could not be read and were replaced by
-    the next readable one. More than 1 % of them raises InputError."""
+    The key of an item is (epoch, index), epoch None for evaluation. `broken`: the paths that could
+    not be read, each replaced by the next readable one; more than 1 % of them is an InputError."""
 
     def __init__(self, root, row, size, device="cpu", workers=0, seed=0, classes=None):
         self.root, self.size, self.min_scale = root, list(size), row["crop_scale"]
         self.device, self.workers, self.seed = device, workers, seed
         self.normalise = Normalise(row["mean"], row["std"], device)
         self.paths, self.broken = [], set()
+        seen = set()
         for folder, subfolders, files in os.walk(root, followlinks=True):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            if os.path.realpath(folder) in seen:                        # links may run in circles
+                subfolders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
             self.paths += [os.path.join(folder, f) for f in sorted(files)
                            if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")]
         names = [os.path.relpath(path, root).split(os.sep) for path in self.paths]
@@ -231,7 +239,7 @@ class Folder(torch.utils.data.Dataset):
             short = round(max(self.size) * 256 / 224)
             image = TF.resize(image, [short], InterpolationMode.BICUBIC, antialias=True)
             return TF.center_crop(image, self.size), broken
-        # The crop depends on seed, epoch and image alone, whatever worker makes it.
+        # The crop depends on seed, epoch and index alone, whatever worker makes it.
         generator = torch.Generator().manual_seed(mix(self.seed, 2, epoch, index))
         box = crop_boxes(1, *image.shape[1:], self.min_scale, generator)[0].tolist()
         kind = [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC][
@@ -305,7 +313,7 @@ def open_data(name, row, size, data_dir="data", train_images=None, device="cpu",
     root = Path(name)
     if not root.is_dir():
         known = ", ".join(n for n in SETS if n != "folder")
-        raise InputError(f"--data {name}: no such folder, and not one of {known}")
+        raise InputError(f"--data {name}: neither a folder nor one of {known}")
     has_train = (root / "train").is_dir()
     options = dict(row=row, size=size, device=device, workers=workers, seed=seed)
     train = Folder(root / "train" if has_train else root, **options)

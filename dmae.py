@@ -27,6 +27,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import struct
 import sys
 import time
@@ -46,9 +47,9 @@ from data import IMAGENET_MEAN, IMAGENET_STD, SETS, InputError, mix, open_data
 
 #                    encoder: width, depth, heads; decoder: width, depth, heads
 PRESETS = {
-    "nano":  ((64, 4, 4), (32, 1, 2)),           # a student of 32-pixel images on a CPU
-    "micro": ((96, 4, 6), (48, 1, 3)),           # and its teachers: of `shapes`,
-    "mini":  ((128, 6, 8), (64, 1, 4)),          # and of the other small sets
+    "nano":  ((64, 4, 4), (32, 1, 2)),           # small students, on a CPU
+    "micro": ((96, 4, 6), (48, 1, 3)),           # their teacher on `shapes`
+    "mini":  ((128, 6, 8), (64, 1, 4)),          # their teacher on the other small sets
     "tiny":  ((192, 12, 12), (96, 1, 3)),        # the paper's: 12 heads, where DeiT-Tiny has 3
     "small": ((384, 12, 12), (192, 1, 6)),
     "base":  ((768, 12, 12), (512, 8, 16)),      # the MAE release's, with its decoders
@@ -164,6 +165,7 @@ class ViT(nn.Module):
         return rearrange(images, "b ch (gh p1) (gw p2) -> b (gh gw) (p1 p2 ch)", p1=p, p2=p)
 
     def unpatchify(self, patches):
+        """(b, n, p * p * channels) -> (b, channels, height, width)."""
         p, (rows, columns) = self.config["patch_size"], self.grid
         return rearrange(patches, "b (gh gw) (p1 p2 ch) -> b ch (gh p1) (gw p2)",
                          p1=p, p2=p, gh=rows, gw=columns)
@@ -205,7 +207,9 @@ class ViT(nn.Module):
         return out_scores, out_tokens
 
     def encode(self, images):
-        """All tokens after the final norm: (b, 1 + n, c). Nothing is masked, nothing is random."""
+        """All tokens after the final norm: (b, 1 + n, c). Nothing is masked, nothing is random.
+
+        (In D2-MAE that norm has learnt on the block that the decoder reads, not on the last.)"""
         return self.norm(self(images, tokens=[self.depth])[1][self.depth])
 
     def resize_grid(self, grid):
@@ -254,8 +258,8 @@ def initialise(module):
 class MAE(nn.Module):
     """Masked autoencoder: an encoder of the visible patches and a light decoder of all.
 
-    `decode_after`: the block whose output the decoder reads, default the last (D2-MAE reads an
-    earlier one). Decoder names are those of the MAE release."""
+    `decode_after`: the block, from 1, whose output the decoder reads; default the last (D2-MAE
+    reads an earlier one). Decoder names are those of the MAE release."""
 
     def __init__(self, encoder, decoder_width=96, decoder_depth=1, decoder_heads=3, mask_ratio=0.75,
                  norm_pix=True, decode_after=None):
@@ -265,8 +269,11 @@ class MAE(nn.Module):
         if not 1 <= self.kept < patches:
             raise InputError(f"mask ratio {mask_ratio} keeps {self.kept} of {patches} patches: "
                              "at least one must be visible and one hidden")
-        if decoder_depth < 0 or decoder_width < 1 or decoder_heads < 1:
-            raise InputError("decoder width and heads must be at least 1, its depth at least 0")
+        if decoder_depth < 0 or decoder_heads < 1 or decoder_width < 1:
+            raise InputError("the decoder's width and heads must be 1 or more, its depth 0 or more")
+        if decoder_width % 4 or decoder_width % decoder_heads:
+            raise InputError(f"decoder width {decoder_width}: must be a multiple of 4, and divide "
+                             f"into {decoder_heads} heads")
         self.encoder, self.norm_pix = encoder, norm_pix
         self.decode_after = decode_after or encoder.depth
         self.config = dict(
@@ -347,8 +354,9 @@ class Scores(nn.Module):
 class DMAE(nn.Module):
     """A masked autoencoder whose attention is pulled towards a frozen teacher's.
 
-    student: MAE. teacher: ViT, any width, depth, heads, patch size and normalisation; its position
-    table is brought to the student's grid. layers: pairs (student block, teacher block) counted
+    student: MAE. teacher: ViT, any width, depth, heads, patch size and normalisation; it is
+    changed: frozen, and its position table brought to the student's grid. alpha: weight of the
+    distillation loss. layers: pairs (student block, teacher block) counted
     from 1, default the last of each; one mixer M per pair, losses summed. match: what is compared,
 
         scores   the attention maps before the softmax, class token included (the paper's L_attn)
@@ -376,7 +384,7 @@ class DMAE(nn.Module):
                 raise InputError(f"layers {i}:{j}: the student has blocks 1 to {encoder.depth}, "
                                  f"the teacher 1 to {teacher.depth}")
         if len(set(self.layers)) < len(self.layers):
-            raise InputError(f"layers {self.layers}: a pair is given twice")
+            raise InputError("layers: a pair is given twice")
         self.student, self.match, self.alpha = student, match, alpha
         self.extra = Scores(encoder.width, encoder.config["heads"]) if decoupled else None
         # Past nn.Module's registry: thus the teacher is in no optimizer, no state_dict and no DDP,
@@ -511,15 +519,16 @@ def load_vit(path, heads=None):
 
     path: .pth or .safetensors of this project, the MAE release, the D-MAE authors, timm, Hugging
     Face, MoCo-v3, DINO (its teacher) or DeiT. Sizes come from the tensors. Heads are in no tensor
-    and come from, in this order:
+    and come from the first of these that knows:
 
         1. our own file's config
         2. the D-MAE authors' files: 12
         3. the width: 768 has 12, 1024 and 1280 have 16
         4. the caller: `heads`, or written behind the path, "x.pth:3"
 
-    `description` of the result says what was read. Raises InputError with the reason for anything
-    else: every tensor must be one of the encoder's, or of a kind known to be unused."""
+    A caller who contradicts 1 to 3 is refused. `description` of the result says what was read.
+    Raises InputError with the reason for anything that is no plain ViT: every tensor must be one
+    of the encoder's, or of a kind known to be unused."""
     path, heads = split_heads(path, heads)
     content = read_weights(path)
     if not isinstance(content, dict):
@@ -583,8 +592,16 @@ def load_vit(path, heads=None):
         own = {}
     authors = "module.model." in prefixes or (
         container == "model" and "module.base_encoder." in prefixes)
-    known, why = ((own["heads"], "its own config") if own else (12, "being the D-MAE authors'")
-                  if authors else ({768: 12, 1024: 16, 1280: 16}.get(width), f"its width, {width}"))
+    if own:
+        layout, known, why = "this project", own["heads"], "its own config"
+    elif authors:
+        layout, known, why = "D-MAE authors", 12, "being the D-MAE authors'"
+    else:
+        known, why = {768: 12, 1024: 16, 1280: 16}.get(width), f"its width, {width}"
+        layout = ("MoCo-v3" if "module.base_encoder." in prefixes
+                  else "DINO" if any("backbone." in prefix for prefix in prefixes)
+                  else "Hugging Face" if renamed else "timm" if container is None
+                  else "DeiT" if "head" in ignored else "MAE release")
     if known is None and heads is None:
         raise InputError(f"{path}: a ViT {width} wide may have any number of heads and the file "
                          "does not say (DeiT-Tiny has 3, MAE-Tiny 12): write it behind the name, "
@@ -595,11 +612,6 @@ def load_vit(path, heads=None):
     if not own and channels != 3:
         raise InputError(f"{path} takes images of {channels} channels and does not say how they "
                          "are normalised: only this project's own files may have other than 3")
-    layout = ("this project" if own else "D-MAE authors" if authors
-              else "MoCo-v3" if "module.base_encoder." in prefixes
-              else "DINO" if container == "teacher" or "backbone." in prefixes
-              else "Hugging Face" if renamed else "timm" if container is None
-              else "DeiT" if "head" in ignored else "MAE release")
 
     # 5. Every tensor in its place, or an error.
     if width < 1 or config["heads"] < 1 or width % config["heads"]:
@@ -640,8 +652,10 @@ DEFAULTS = dict(
 # What a run leaves in its folder; nothing else is ever overwritten.
 RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "student.pth", "reconstruction.png",
              "attention.png")
-# Cannot change the result, hence free to differ in `--resume`.
+# Free to differ in `--resume`.
 FREE = {"out", "resume", "overwrite", "workers", "data_dir"}
+# Without meaning for plain MAE.
+DISTILLING = ("layers", "match", "alpha", "decoupled")
 # What the teacher's run of `--teacher self` takes over from the student's.
 SHARED = ("data", "data_dir", "train_images", "image_size", "patch_size", "crop_scale",
           "mask_ratio", "norm_pix", "epochs", "warmup_epochs", "batch_size", "micro_batch", "blr",
@@ -719,9 +733,18 @@ def main(argv=None):
         return pretrain(settings, teacher)
     except InputError as error:
         parser.error(error)
+    except torch.OutOfMemoryError:
+        parser.error("out of memory: make the pieces smaller, --micro-batch 256 say")
+    except BrokenPipeError:                           # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except OSError as error:                          # a full disk, a name that is too long
+        parser.error(f"{error.strerror}: {error.filename or 'output'}; what a run had finished can "
+                     "be resumed")
     except KeyboardInterrupt:
-        begun = settings.get("out") and (Path(settings["out"]) / "config.json").exists()
-        print(f"interrupted; to go on: python dmae.py --resume --out {settings['out']}" if begun
+        out = settings.get("out")
+        print(f"interrupted; to go on: python dmae.py --resume --out {shlex.quote(str(out))}"
+              if out and (Path(out) / "config.json").exists()
               else "interrupted before anything was written", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
@@ -737,71 +760,94 @@ def resolve(given, settings):
         3. the data set's row, and the student's preset
         4. DEFAULTS, and what the machine has
     """
+    if given.get("out") == "":
+        raise InputError("--out is empty: name a folder")
     out = Path(given["out"]) if "out" in given else None
     if given.get("resume"):
         if given.get("overwrite"):
             raise InputError("--resume and --overwrite exclude each other")
         if out is None or not (out / "config.json").is_file():
             raise InputError("--resume needs --out, the folder of a run (one with a config.json)")
-        saved = json.loads((out / "config.json").read_text())
-        before, differ = saved["settings"], []
-        for key in given.keys() - FREE:
-            if before.get(key) != given[key]:
-                differ.append(f"{key} was {before.get(key)}, now {given[key]}")
-        settings.update(before | given)
-        teacher = open_teacher(settings)
-        if file_hash(settings["teacher"]) != saved["teacher_sha256"]:
-            differ.append(f"the content of {settings['teacher']} is another")
+        try:
+            saved = json.loads((out / "config.json").read_text())
+            before, sha256 = saved["settings"], saved["teacher_sha256"]
+            settings.update(before | given)
+            file = None if settings["teacher"] in ("none", "self") else settings["teacher"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{out}/config.json is damaged: restore it, or start anew with "
+                             "--overwrite") from error
+        # Files and folders may have moved; a hash and the number of images tell others apart.
+        moved = {"teacher"} if sha256 else set()
+        moved |= set() if before.get("data") in SETS else {"data"}
+        differ = [f"{key} was {before.get(key)}, now {given[key]}" for key in given.keys() - FREE
+                  if before.get(key) != given[key] and not (
+                      key in moved and given[key] not in ("none", "self", *SETS))]
+        if file and not split_heads(file)[0].exists():
+            raise InputError(f"the teacher of this run is gone from {file}: give its new place "
+                             "with --teacher")
+        if file and file_hash(file) != sha256:
+            differ.append(f"the content of {file} is another")
         if differ:
             raise InputError(f"--resume cannot change a run: {'; '.join(sorted(differ))}; leave "
                              "these flags out, or start anew in another --out")
-        return teacher
+        check(settings)
+        return open_teacher(settings)
 
-    held = out is not None and [name for name in RUN_FILES if (out / name).exists()]
+    name, teacher = given.get("data", DEFAULTS["data"]), given.get("teacher")
+    if teacher is None:
+        if name != "shapes":
+            raise InputError("--teacher is missing: FILE (weights of a ViT), none (plain MAE) or "
+                             "self (pre-train one first)")
+        teacher = "self"
+    mine = RUN_FILES + (("teacher/config.json",) if teacher == "self" else ())
+    held = [out / name for name in mine if (out / name).exists()] if out is not None else []
     if held and not given.get("overwrite"):
-        raise InputError(f"--out {out} holds a run ({held[0]}): add --resume to go on with it or "
-                         "--overwrite to replace it, or name another folder")
-    teacher = split_heads(given.get("teacher", "self"))[0]
-    if held and teacher.is_file() and out.resolve() in teacher.resolve().parents:
+        raise InputError(f"--out {out} holds a run ({held[0].relative_to(out)}): add --resume to "
+                         "go on with it or --overwrite to replace it, or name another folder")
+    if split_heads(teacher)[0].resolve() in [path.resolve() for path in held]:
         raise InputError(f"--overwrite would delete the teacher {teacher}: name another --out")
-    name = given.get("data", DEFAULTS["data"])
-    if "teacher" not in given and name != "shapes":
-        raise InputError("--teacher is missing: FILE (weights of a ViT), none (plain MAE) or self "
-                         "(pre-train one first)")
-    row = SETS.get(name, SETS["folder"])
-    settings.update(DEFAULTS | row | given, teacher_preset=row["teacher"],
-                    teacher=given.get("teacher", "self"))
-    preset = dict(zip(("decoder_width", "decoder_depth", "decoder_heads"),
-                      PRESETS[settings["student"]][1]))
-    teacher = open_teacher(settings)
-    if teacher is not None and teacher.width >= 512 and name == "shapes":
-        # A real teacher costs forty times the student: a taste of it, in minutes on a CPU.
-        preset |= dict(train_images=4000, epochs=4)
-    settings.update({k: v for k, v in preset.items() if k not in given})
-    settings.setdefault("warmup_epochs", settings["epochs"] / 10)
+    if teacher == "none" and (useless := [f"--{key}" for key in DISTILLING if key in given]):
+        raise InputError(f"{useless[0]} is about a teacher: not with --teacher none")
 
+    row = SETS.get(name, SETS["folder"])
+    settings.update(DEFAULTS | row | given, teacher=teacher)
+    defaults = dict(zip(("decoder_width", "decoder_depth", "decoder_heads"),
+                        PRESETS[settings["student"]][1]))
+    vit = open_teacher(settings)
+    if vit is not None and vit.width >= 512 and name == "shapes":
+        # A real teacher costs far more than the student: a taste of it, in minutes on a CPU.
+        defaults |= dict(train_images=4000, epochs=4)
+    settings.update({key: value for key, value in defaults.items() if key not in given})
+    settings.setdefault("warmup_epochs", settings["epochs"] / 10)
+    settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    check(settings)
+    cuda = torch.device(settings["device"]).type == "cuda"
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    settings.setdefault("amp", "bf16" if bf16 else "fp16" if cuda else "off")
+    settings.setdefault("compile", cuda)
+    return vit
+
+
+def check(settings):
+    """Raise InputError for numbers and devices that cannot work."""
     for key, least in dict(epochs=0, warmup_epochs=0, batch_size=1, micro_batch=1, blr=0, alpha=0,
                            weight_decay=0, workers=0, seed=0).items():
         value = settings[key]
-        if value is not None and not (math.isfinite(value) and value >= least):
+        if value is not None and not least <= value < 2**63:                # nor is nan
             raise InputError(f"--{key.replace('_', '-')} {value}: must be a number from {least} up")
     if settings["warmup_epochs"] > settings["epochs"]:
         raise InputError(f"--warmup-epochs {settings['warmup_epochs']}: more than the "
                          f"{settings['epochs']} epochs there are")
     if not 0 < settings["crop_scale"] <= 1:
         raise InputError(f"--crop-scale {settings['crop_scale']}: must be above 0, and at most 1")
-
-    settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     try:
-        cuda = torch.empty(0, device=settings["device"]).is_cuda
+        device = torch.empty(1, device=settings["device"]).device.type
+        torch.Generator(settings["device"])                                 # meta has none
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {settings['device']}: {str(error).splitlines()[0]}") from error
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    settings.setdefault("amp", "bf16" if bf16 else "fp16" if cuda else "off")
-    if settings["amp"] == "fp16" and not cuda:
+        raise InputError(f"--device {settings['device']} cannot be used here: take cpu, or cuda "
+                         "where there is one") from error
+    if settings.get("amp") == "fp16" and device != "cuda":
         raise InputError("--amp fp16 needs a CUDA device: take bf16 or off")
-    settings.setdefault("compile", cuda)
-    return teacher
 
 
 def open_teacher(settings):
@@ -838,11 +884,9 @@ def new_model(settings, teacher):
         if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", s.layers):
             raise InputError(f"--layers {s.layers}: write STUDENT:TEACHER pairs, as in 2:4,4:6")
         layers = [tuple(map(int, pair.split(":"))) for pair in s.layers.split(",")]
-    if teacher is not None:
-        return DMAE(student, teacher, layers, s.match, s.alpha, s.decoupled)
-    if layers or s.decoupled:
-        raise InputError("--layers and --decoupled match a teacher: not with --teacher none")
-    return student
+    if teacher is None:
+        return student
+    return DMAE(student, teacher, layers, s.match, s.alpha, s.decoupled)
 
 
 def learning_rate(step, total, warmup, peak):
@@ -913,6 +957,10 @@ def pretrain(settings, teacher):
     steps = len(train) // s.batch_size                    # the last, incomplete batch is dropped
     if not steps:
         raise InputError(f"--batch-size {s.batch_size}: more than the {len(train)} training images")
+    out = Path(settings.get("out", "runs"))
+    if s.data not in SETS and train.root.resolve() in (out.resolve(), *out.resolve().parents):
+        raise InputError(f"--out {out} is inside the data, {train.root}: its pictures would be "
+                         "trained on; name a folder elsewhere")
     out = settings["out"] = open_folder(settings, rank, world)
 
     if s.teacher == "self":
@@ -940,22 +988,17 @@ def pretrain(settings, teacher):
     autocast = torch.autocast(device.type, torch.float16 if s.amp == "fp16" else torch.bfloat16,
                               enabled=s.amp != "off")
 
-    done, log = 0, []
-    if s.resume and (out / "checkpoint.pth").exists():
-        saved = read_weights(out / "checkpoint.pth")
-        for part, state in ((model, "model"), (optimizer, "optimizer"), (scaler, "scaler")):
-            part.load_state_dict(saved[state])
-        done = saved["epoch"]
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        log = [line for line in log if line["epoch"] <= done]
-        if done >= s.epochs:
-            say(f"{out} is finished, all {done} epochs")
-            return out
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+    done, log = load_checkpoint(out, parts, len(train)) if s.resume else (0, [])
+    if s.resume:
+        say(f"{out}: {done} of {s.epochs} epochs are done")
+    if s.resume and done == s.epochs and all((out / name).exists() for name in RUN_FILES):
+        return out
 
-    def batches(epoch):
+    def batches(epoch, count=steps):
         shuffle = torch.Generator().manual_seed(mix(s.seed, 0, epoch))
-        order = torch.randperm(len(train), generator=shuffle)[:steps * s.batch_size]
-        return train.batches(order.view(steps, s.batch_size)[:, mine], epoch)
+        order = torch.randperm(len(train), generator=shuffle)[:count * s.batch_size]
+        return train.batches(order.view(count, s.batch_size)[:, mine], epoch)
 
     def pieces(step, images):
         """(images, ids_keep) to train on. The random numbers of a step are drawn for the whole
@@ -980,13 +1023,15 @@ def pretrain(settings, teacher):
         f"{warmup} of them warm-up; {device}, "
         f"{dict(off='float32', bf16='bfloat16', fp16='float16')[s.amp]}"
         f"{', compiled' if s.compile else ''}, {world} process{'es' * (world > 1)}")
-    first, _ = next(pieces(0, next(iter(batches(0)))))
+    first, _ = next(pieces(0, next(iter(batches(0, count=1)))))
     say(f"  MAE loss of predicting nothing: {student.target(first)[0].square().mean():.3f}; "
         "learning begins below it")
 
     neighbours = None
     if rank == 0 and test is not None and train.labels is not None and test.labels is not None:
         neighbours = KNN(train, test)
+    elif rank == 0:
+        say("  k-NN      none: it needs train/ and val/ with the same folders of classes")
 
     def student_features(batches):
         with autocast:
@@ -997,7 +1042,8 @@ def pretrain(settings, teacher):
         write(out / "log.jsonl",
               lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in log)))
 
-    if rank == 0 and not log:
+    if rank == 0 and not done:
+        log.clear()
         line = dict(epoch=0, step=0)
         if neighbours:
             line["knn_pixels"] = neighbours(
@@ -1042,8 +1088,8 @@ def pretrain(settings, teacher):
             if bad:
                 raise InputError(
                     f"{' and '.join(bad)} not finite in steps {step - i + read} to {step}, at "
-                    f"learning rate {lr:.3g}: lower --blr or try --amp off; {out} keeps the last "
-                    "epoch that was good")
+                    f"learning rate {lr:.3g}: lower --blr or try --amp off; "
+                    + (f"{out} keeps epoch {epoch}" if epoch else "nothing was kept"))
             now, read = time.perf_counter(), i + 1
             if i == 4 < steps - 1:
                 warm, clock = i + 1, now
@@ -1065,8 +1111,8 @@ def pretrain(settings, teacher):
                 line["knn"] = neighbours(student_features)
             record(**line)
             save_student(out / "student.pth", model)
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         scaler=scaler.state_dict(), epoch=epoch + 1)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= dict(epoch=epoch + 1, images=len(train))
             write(out / "checkpoint.pth", lambda path: torch.save(state, path))
             say(f"epoch {epoch + 1}/{s.epochs}: "
                 + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
@@ -1155,6 +1201,28 @@ def open_folder(settings, rank, world):
     if world > 1:
         dist.broadcast_object_list(folder, src=0)
     return Path(folder[0])
+
+
+def load_checkpoint(out, parts, images):
+    """Restore `parts` from the run in `out`: (epochs done, lines of the log up to there)."""
+    path = out / "checkpoint.pth"
+    if not path.exists():
+        return 0, []
+    try:
+        saved = read_weights(path)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        log = [line for line in log if line["epoch"] <= saved["epoch"]]
+        if log[-1]["epoch"] != saved["epoch"]:
+            raise ValueError("the log is shorter than the run")
+    except (InputError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"checkpoint.pth or log.jsonl in {out} is damaged or of another run: "
+                         "restore them, or start anew with --overwrite") from error
+    if saved["images"] != images:
+        raise InputError(f"the run in {out} had {saved['images']} training images, now there are "
+                         f"{images}: restore them, or start anew in another --out")
+    return saved["epoch"], log
 
 
 def write(path, save):

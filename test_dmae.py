@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -1109,9 +1110,50 @@ def test_resume_refuses_other_settings_and_another_teacher(folder, teacher, tmp_
     torch.manual_seed(2)
     save_student(copy, MAE(ViT(32, 8, 3, 24, 3, 3), 16, 1, 2))
     fails(["--resume", "--out", out], "the content of .* is another", capsys)
+    fails(["--resume", "--out", out, "--teacher", "none"], "teacher was", capsys)
+    copy.unlink()
+    fails(["--resume", "--out", out], "is gone from .*--teacher", capsys)
     fails(["--resume", "--out", tmp_path], "config.json", capsys)
     fails(["--resume"], "--out", capsys)
     assert {p: p.read_bytes() for p in out.iterdir()} == before
+    assert main(["--resume", "--out", str(out), "--teacher", teacher]) == out     # it only moved
+
+
+def test_resume_completes_what_a_late_stop_left_out(folder, tmp_path):
+    out = main(arguments(folder, "none", "--epochs", 1, "--out", tmp_path / "a"))
+    before = weights(out)
+    for name in ("student.pth", "attention.png"):
+        (out / name).unlink()
+    main(["--resume", "--out", str(out)])
+    assert {p.name for p in out.iterdir()} == set(dmae.RUN_FILES) and len(log_of(out)) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(out).items())
+
+
+def test_resume_refuses_other_images_and_damaged_files(folder, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(Path(folder) / "train", images)
+    out = main(arguments(str(images), "none", "--epochs", 1, "--out", tmp_path / "a"))
+    shutil.copy(images / "down" / "0.png", images / "down" / "new.png")
+    fails(["--resume", "--out", out], "had 40 training images, now there are 41", capsys)
+    for name, content in (("log.jsonl", b""), ("log.jsonl", b"{"), ("checkpoint.pth", b"x"),
+                          ("checkpoint.pth", (out / "student.pth").read_bytes()),
+                          ("config.json", b"{}"), ("config.json", b"")):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(content)
+        fails(["--resume", "--out", out], f"{name} .*--overwrite|{name} is damaged", capsys)
+        assert (out / name).read_bytes() == content
+        (out / name).write_bytes(whole)
+
+
+def test_what_is_not_this_runs_is_not_overwritten(folder, tmp_path, capsys):
+    """A run that happens to lie where --teacher self would put its teacher; photographs."""
+    out = main(arguments(folder, "none", "--epochs", 0, "--out", tmp_path / "a" / "teacher"))
+    before = (out / "student.pth").read_bytes()
+    fails(arguments(folder, "self", "--out", tmp_path / "a"), "holds a run .teacher/config", capsys)
+    assert (out / "student.pth").read_bytes() == before
+    inside = Path(folder) / "train" / "runs"
+    fails(arguments(folder, "none", "--out", inside), "inside the data", capsys)
+    assert not inside.exists()
 
 
 def test_teacher_self_is_an_earlier_run_without_teacher(tmp_path):
@@ -1126,7 +1168,7 @@ def test_teacher_self_is_an_earlier_run_without_teacher(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, teacher, tmp_path, capsys):
     out = tmp_path / "a"
-    flags = ["--epochs", 20, "--blr", 1e20, "--warmup-epochs", 1, "--out", out]
+    flags = ["--epochs", 20, "--blr", 1e18, "--warmup-epochs", 1, "--out", out]
     fails(arguments(folder, teacher, *flags),
           r"(mae|attn|weights).* not finite in steps \d+ to \d+, at learning rate .*--blr", capsys)
     if (out / "checkpoint.pth").exists():
@@ -1245,7 +1287,7 @@ def bad(words, *flags):
 @pytest.mark.parametrize("flags, words", [
     bad("mae_pretrain_vit_base.pth", "--teacher", "no/such/file.pth"),
     bad("is a folder", "--teacher", "."),
-    bad("no such folder", "--data", "no/such/folder"),
+    bad("neither a folder nor one of", "--data", "no/such/folder"),
     bad("no images", "--data", "{empty}"),
     bad("multiple of patch size", "--image-size", "30"),
     bad("multiple of patch size", "--patch-size", "0"),
@@ -1255,7 +1297,10 @@ def bad(words, *flags):
     bad("twice", "--layers", "1:1,1:1"),
     bad("not together", "--layers", "4:3", "--decoupled"),
     bad("not together", "--match", "hidden", "--decoupled"),
-    bad("need|not with", "--teacher", "none", "--decoupled"),
+    bad("not with --teacher none", "--teacher", "none", "--decoupled"),
+    bad("not with --teacher none", "--teacher", "none", "--match", "probs"),
+    bad("out is empty", "--out", ""), bad("name too long", "--out", "x" * 300),
+    bad("from 0", "--seed", "9" * 20), bad("device", "--device", "meta"),
     bad("more than the 40", "--batch-size", "41"), bad("from 1", "--batch-size", "0"),
     bad("from 0", "--epochs", "-1"), bad("invalid int", "--epochs", "1.5"),
     bad("from 0", "--blr", "nan"), bad("from 0", "--weight-decay", "-1"),
