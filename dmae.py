@@ -757,7 +757,8 @@ def resolve(given, settings):
 
         1. a flag that was given
         2. with --resume, what the run was started with (a flag that differs is refused)
-        3. the data set's row, and the student's preset
+        3. the data set's row, the student's preset, and on `shapes` a short run under a large
+           teacher
         4. DEFAULTS, and what the machine has
     """
     if given.get("out") == "":
@@ -777,11 +778,13 @@ def resolve(given, settings):
             raise InputError(f"{out}/config.json is damaged: restore it, or start anew with "
                              "--overwrite") from error
         # Files and folders may have moved; a hash and the number of images tell others apart.
-        moved = {"teacher"} if sha256 else set()
-        moved |= set() if before.get("data") in SETS else {"data"}
-        differ = [f"{key} was {before.get(key)}, now {given[key]}" for key in given.keys() - FREE
-                  if before.get(key) != given[key] and not (
-                      key in moved and given[key] not in ("none", "self", *SETS))]
+        free = set(FREE)
+        if not {before.get("data"), settings.get("data")} & SETS.keys():
+            free.add("data")
+        if file and sha256 and split_heads(file)[1] == split_heads(before["teacher"])[1]:
+            free.add("teacher")
+        differ = [f"{key} was {before.get(key)}, now {given[key]}" for key in given.keys() - free
+                  if before.get(key) != given[key]]
         if file and not split_heads(file)[0].exists():
             raise InputError(f"the teacher of this run is gone from {file}: give its new place "
                              "with --teacher")
@@ -1006,10 +1009,11 @@ def pretrain(settings, teacher):
         generator = torch.Generator(device).manual_seed(mix(s.seed, 1, step))
         noise = torch.rand(s.batch_size, patches, device=device, generator=generator)
         draws = train.draw(s.batch_size, generator)
-        parts = [x[mine].split(piece) for x in (student.choose(noise), *draws)]
-        for part, ids_keep, *draw in zip(images.split(piece), *parts):
+        shares = [x[mine].split(piece) for x in (student.choose(noise), *draws)]
+        for part, ids_keep, *draw in zip(images.split(piece), *shares):
             yield train.augment(part, *draw), ids_keep
 
+    # The header.
     say(f"run {out}: {s.data}, {train.description}")
     say(f"  set       image {s.image_size}, patch {s.patch_size}, crop scale {s.crop_scale}, mean "
         f"{list(s.mean)}, std {list(s.std)}, student {s.student}, {s.epochs} epochs, "
@@ -1027,6 +1031,7 @@ def pretrain(settings, teacher):
     say(f"  MAE loss of predicting nothing: {student.target(first)[0].square().mean():.3f}; "
         "learning begins below it")
 
+    # What the features are worth: after each epoch, and first of all untrained.
     neighbours = None
     if rank == 0 and test is not None and train.labels is not None and test.labels is not None:
         neighbours = KNN(train, test)
@@ -1058,6 +1063,7 @@ def pretrain(settings, teacher):
     replica = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None)
 
+    # The loop.
     expecting = True
     for epoch in range(done, s.epochs):
         sums, read, waited, began = {}, 0, 0.0, time.perf_counter()
@@ -1102,6 +1108,7 @@ def pretrain(settings, teacher):
                 say(f"  expected  {minutes:.1f} more minutes of training"
                     + (", and a k-NN after each epoch" if neighbours else ""))
 
+        # The end of an epoch: measure, log, save.
         if rank == 0:
             line = dict(epoch=epoch + 1, step=step + 1, lr=lr, **means, images_per_second=rate,
                         data_wait=waited / (time.perf_counter() - began))
