@@ -445,4 +445,4 @@ if __name__ == "__main__":
     sheet, kinds = draw_shapes(200, seed=1)
     sheet = sheet[kinds.argsort(stable=True)].float() / 255
     torchvision.utils.save_image(sheet, "shapes.png", nrow=20, padding=1)
-    print(f"shapes.png: two rows each of {', '.join(FIGURES)}")
+    print(f"shapes.png: a row each of {', '.join(FIGURES)}")
