@@ -691,7 +691,7 @@ def make_parser():
     add("--no-norm-pix", dest="norm_pix", action="store_false", help="predict plain pixels, not "
         "each patch's normalised ones: nicer pictures, usually poorer features")
     add("--layers", metavar="S:T,...", help="student and teacher blocks to match, from 1; try a "
-        "middle one against the last, which the paper found best [the last two]")
+        "middle one against the last, which the paper found best [the last of each]")
     add("--match", choices=("scores", "probs", "hidden"), help="attention before the softmax, "
         "after it (a much smaller loss: raise --alpha), or the blocks' output tokens [scores]")
     add("--alpha", type=float, metavar="X", help="weight of the distillation loss; at 0 it is "
