@@ -298,8 +298,7 @@ class MAE(nn.Module):
         """images: (b, channels, height, width), normalised; ids_keep: (b, k) visible patches, drawn
         at random if None -> {"loss": what to minimise, "mae": its only term}."""
         if ids_keep is None:
-            ids_keep = self.choose(torch.rand(len(images), math.prod(self.encoder.grid),
-                                              device=images.device))
+            ids_keep = self.choose_at_random(images)
         _, tokens = self.encoder(images, ids_keep, tokens=[self.decode_after])
         prediction = self.decode(tokens[self.decode_after], ids_keep)
         mae = self.reconstruction_loss(images, prediction, ids_keep)
@@ -308,6 +307,10 @@ class MAE(nn.Module):
     def choose(self, noise):
         """noise: (b, n) -> ids_keep (b, k), the patches of the smallest noise."""
         return noise.argsort(dim=1)[:, :self.kept]
+
+    def choose_at_random(self, images):
+        noise = torch.rand(len(images), math.prod(self.encoder.grid), device=images.device)
+        return self.choose(noise)
 
     def decode(self, tokens, ids_keep):
         """tokens: (b, 1 + k, c) of block `decode_after` -> prediction (b, n, p * p * channels)."""
@@ -356,8 +359,8 @@ class DMAE(nn.Module):
 
     student: MAE. teacher: ViT, any width, depth, heads, patch size and normalisation; it is
     changed: frozen, and its position table brought to the student's grid. alpha: weight of the
-    distillation loss. layers: pairs (student block, teacher block) counted
-    from 1, default the last of each; one mixer M per pair, losses summed. match: what is compared,
+    distillation loss. layers: pairs (student block, teacher block) counted from 1, default the last
+    of each; one mixer M per pair, losses summed. match: what is compared,
 
         scores   the attention maps before the softmax, class token included (the paper's L_attn)
         probs    the same after the softmax
@@ -407,8 +410,7 @@ class DMAE(nn.Module):
         visible patches, drawn at random if None -> {"loss": total, and its terms by name}."""
         student, encoder = self.student, self.student.encoder
         if ids_keep is None:
-            ids_keep = student.choose(torch.rand(len(images), math.prod(encoder.grid),
-                                                 device=images.device))
+            ids_keep = student.choose_at_random(images)
         kind = "tokens" if self.match == "hidden" else "scores"
         mine, theirs = zip(*self.layers)
 
@@ -1126,7 +1128,7 @@ def pretrain(settings, teacher):
                 + (f", k-NN {line['knn']:.1%}" if neighbours else "") + f", {rate:.0f} images/s")
 
     if rank == 0:
-        save_student(out / "student.pth", model)
+        save_student(out / "student.pth", model)           # there may have been no epoch to do it
         samples = test or train
         images = next(iter(samples.plain(torch.linspace(0, len(samples) - 1, 8).long())))
         reconstruction_picture(student, images, out / "reconstruction.png")
@@ -1135,6 +1137,8 @@ def pretrain(settings, teacher):
             say(f"k-NN top-1: raw pixels {log[0]['knn_pixels']:.1%}, untrained student "
                 f"{log[0]['knn']:.1%}, now {log[-1]['knn']:.1%}")
         say(f"in {out}: student.pth, reconstruction.png, attention.png, log.jsonl")
+    if world > 1:
+        dist.barrier()             # whoever returns finds the files: a teacher's are read at once
     return out
 
 
@@ -1166,9 +1170,11 @@ class KNN:
     """Accuracy of any features on fixed samples: 10,000 training images as bank, 2,000 of test."""
 
     def __init__(self, train, test):
-        self.sources, self.ids = (train, test), [
-            torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]
-            for source, count in ((train, 10_000), (test, 2_000))]
+        def sample(source, count):
+            return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]
+
+        self.sources = train, test
+        self.ids = sample(train, 10_000), sample(test, 2_000)
 
     def __call__(self, features):
         """features: a function from batches of images to (N, c)."""

@@ -1374,11 +1374,17 @@ def test_process_killed_and_resumed(folder, teacher, tmp_path):
 
 
 def test_process_two_under_torchrun(run, folder, teacher, tmp_path):
+    def torchrun(*argv):
+        process = start(*argv, module=("-m", "torch.distributed.run", "--nproc_per_node=2",
+                                       "--master_port=0", "--standalone"))
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+
+    # The second process has nothing to save: it must wait for the teacher that the first one does.
+    torchrun("--epochs", 0, "--train-images", 64, "--out", tmp_path / "self")
+    assert weights(tmp_path / "self")["mixers.4:4"].shape == (6, 4)
     out = tmp_path / "two"
-    process = start(*arguments(folder, teacher, "--micro-batch", 3, "--out", out), module=(
-        "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"))
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    torchrun(*arguments(folder, teacher, "--micro-batch", 3, "--out", out))
     assert same_function(run, out)
     for one, two in zip(log_of(run), log_of(out)):
         assert one["knn"] == pytest.approx(two["knn"], abs=0.13)           # 16 images: two of them
