@@ -1,21 +1,26 @@
-"""Images for pre-training: drawn, small public sets, folders of photographs.
+"""Images: drawn, small public sets, folders of photographs, the paper's transfer sets.
 
     python data.py            draws shapes.png, a sheet of the `shapes` images
 
 Two kinds of source. `SmallSet` keeps every image on the device as uint8 and augments a whole batch
-there; `Folder` decodes and crops in DataLoader workers and hands over uint8. Both have:
+there; `Files` decodes and crops in DataLoader workers and hands over uint8. Both have:
 
     draw(b, generator)        random numbers for `augment`, a tuple of tensors of b rows
     batches(order, epoch)     uint8 batches; order: index tensors (b,), one for each
     augment(uint8, *draws)    -> float (b, c, H, W), normalised
     plain(indices)            -> the same without augmentation, batch by batch
-    labels                    (N,) int64, or None
+    labels, classes           (N,) int64 or None; the names that they number
+    subset(indices)           keeps these images alone
+    policy                    None, or further augmentation: uint8 image, seed -> uint8 image
     len(), description, and broken: the files that could not be read
 
 Shapes in comments: b batch, c channels, h and w pixels of the source, H and W pixels handed over.
 """
 
+import contextlib
 import functools
+import importlib.util
+import json
 import math
 import os
 import pickle
@@ -57,6 +62,18 @@ SETS = {
         crop_scale=0.08, student="tiny", teacher_preset="base",
         epochs=400, batch_size=4096, blr=1.5e-4),
 }
+
+# The paper's transfer sets, with its splits: images to train on, images to test on, and what must
+# lie in --data-dir. As for a folder of photographs, all else is ImageNet's.
+PHOTOS = {
+    "flowers": (2_040, 6_149, "flowers-102/{jpg/,imagelabels.mat,setid.mat}"),
+    "pets": (3_680, 3_669, "oxford-iiit-pet/{images,annotations}/"),
+    "aircraft": (6_667, 3_333, "fgvc-aircraft-2013b/"),
+    "cars": (8_144, 8_041, "stanford_cars/{cars_train,cars_test,devkit}/ and "
+             "stanford_cars/cars_test_annos_withlabels.mat"),
+    "inat18": (437_513, 24_426, "inat18/{train2018.json,val2018.json,train_val2018/}"),
+}
+SETS |= {name: SETS["folder"] for name in PHOTOS}
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -128,13 +145,21 @@ def resized_crop(images, boxes, bicubic, size):
     return out.clamp(0, 255)
 
 
+def draw_seeds(source, b, generator):
+    """A seed an image for the source's policy; nothing is drawn where there is none."""
+    if source.policy is None:
+        return ()
+    return torch.randint(2**62, (b,), device=generator.device, generator=generator),
+
+
 class SmallSet:
     """A set that fits on the device: uint8 images (N, c, h, w), labels (N,) or None."""
 
-    broken = ()                       # as Folder: files that could not be read
+    broken = ()                       # as Files: those that could not be read
+    policy = None
 
-    def __init__(self, images, labels, row, size, device="cpu"):
-        self.images, self.labels = images.to(device), labels
+    def __init__(self, images, labels, row, size, device="cpu", classes=()):
+        self.images, self.labels, self.classes = images.to(device), labels, classes
         self.size, self.min_scale = tuple(size), row["crop_scale"]
         self.normalise = Normalise(row["mean"], row["std"], device)
         self.description = f"{len(images):,} images of {' x '.join(map(str, images.shape[1:]))}"
@@ -142,18 +167,25 @@ class SmallSet:
     def __len__(self):
         return len(self.images)
 
+    def subset(self, indices):
+        self.images, self.labels = self.images[indices.to(self.images.device)], self.labels[indices]
+
     def draw(self, b, generator):
         where = dict(device=generator.device, generator=generator)
         boxes = crop_boxes(b, *self.images.shape[2:], self.min_scale, generator)
-        return torch.rand(b, **where) < 0.5, torch.rand(b, **where) < 0.5, boxes
+        flip, bicubic = torch.rand(b, **where) < 0.5, torch.rand(b, **where) < 0.5
+        return flip, bicubic, boxes, *draw_seeds(self, b, generator)
 
     def batches(self, order, epoch):
         for indices in order:
             yield self.images[indices.to(self.images.device)]
 
-    def augment(self, images, flip, bicubic, boxes):
+    def augment(self, images, flip, bicubic, boxes, seeds=None):
         images = resized_crop(images, boxes, bicubic, self.size)
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        if self.policy is not None:
+            pairs = zip(images.round().byte(), seeds.tolist())
+            images = torch.stack([self.policy(image, seed) for image, seed in pairs])
         return self.normalise(images)
 
     def plain(self, indices, batch=500):
@@ -188,51 +220,65 @@ def read_image(path):
         raise OSError(f"{path}: {error}") from error
 
 
-class Folder(torch.utils.data.Dataset):
-    """Image files below `root`, read as they are needed; a class for each of its subfolders, if
-    every file is in one. `classes`: those that are required, or there are no labels.
+def find_images(root, classes=None):
+    """Paths of the images below `root`, sorted; and, if each lies in a subfolder, a label for each
+    (N,) int64 into the sorted names of these: (paths, labels or None, names).
+
+    `classes`: the names that there must be, or there are no labels."""
+    paths, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if os.path.realpath(folder) in seen:                            # links may run in circles
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        paths += [os.path.join(folder, f) for f in sorted(files)
+                  if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")]
+    parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
+    labelled = bool(parts) and all(len(part) > 1 for part in parts)
+    found = sorted({part[0] for part in parts}) if labelled else []
+    if len(found) < 2 or classes not in (None, found):
+        return paths, None, found
+    number = {name: i for i, name in enumerate(found)}
+    return paths, torch.tensor([number[part[0]] for part in parts]), found
+
+
+class Files(torch.utils.data.Dataset):
+    """Image files, read as they are needed. paths, labels, classes: as `find_images` returns them.
 
     The key of an item is (epoch, index), epoch None for evaluation. `broken`: the paths that could
-    not be read, each replaced by the next readable one; more than 1 % of them is an InputError."""
+    not be read, each replaced by the next readable one, with its label; more than 1 % of them is an
+    InputError."""
 
-    def __init__(self, root, row, size, device="cpu", workers=0, seed=0, classes=None):
-        self.root, self.size, self.min_scale = root, list(size), row["crop_scale"]
+    policy = None
+
+    def __init__(self, paths, labels, classes, root, row, size, device="cpu", workers=0, seed=0):
+        self.paths, self.labels, self.classes, self.root = paths, labels, classes, Path(root)
+        self.size, self.min_scale = list(size), row["crop_scale"]
         self.device, self.workers, self.seed = device, workers, seed
         self.normalise = Normalise(row["mean"], row["std"], device)
-        self.paths, self.broken = [], set()
-        seen = set()
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            if os.path.realpath(folder) in seen:                        # links may run in circles
-                subfolders.clear()
-                continue
-            seen.add(os.path.realpath(folder))
-            self.paths += [os.path.join(folder, f) for f in sorted(files)
-                           if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")]
-        names = [os.path.relpath(path, root).split(os.sep) for path in self.paths]
-        labelled = bool(names) and all(len(name) > 1 for name in names)
-        self.classes = sorted({name[0] for name in names}) if labelled else []
-        self.labels = None
-        if len(self.classes) > 1 and classes in (None, self.classes):
-            number = {name: i for i, name in enumerate(self.classes)}
-            self.labels = torch.tensor([number[name[0]] for name in names])
-        kinds = f"{len(self.classes):,} classes" if self.labels is not None else "no labels"
-        self.description = f"{len(self.paths):,} files, {kinds}, from {root}"
+        self.broken = set()
+        kinds = f"{len(classes):,} classes" if labels is not None else "no labels"
+        self.description = f"{len(paths):,} files, {kinds}, from {root}"
 
     def __len__(self):
         return len(self.paths)
 
+    def subset(self, indices):
+        self.paths = [self.paths[i] for i in indices.tolist()]
+        self.labels = self.labels[indices] if self.labels is not None else None
+
     def __getitem__(self, key):
-        """key (epoch, index) -> uint8 (3, H, W), [(path, reason) of broken files]."""
+        """key (epoch, index) -> uint8 (3, H, W), [(index, reason) of broken files]."""
         epoch, index = key
         broken = []
         for shift in range(len(self.paths)):
-            path = self.paths[(index + shift) % len(self.paths)]
+            place = (index + shift) % len(self.paths)
             try:
-                image = read_image(path)
+                image = read_image(self.paths[place])
                 break
             except OSError as error:
-                broken.append((path, str(error)))
+                broken.append((place, str(error)))
                 if len(broken) > 0.01 * len(self.paths):
                     return torch.zeros(3, *self.size, dtype=torch.uint8), broken
         if epoch is None:                                       # evaluation: resize, centre crop
@@ -244,16 +290,21 @@ class Folder(torch.utils.data.Dataset):
         box = crop_boxes(1, *image.shape[1:], self.min_scale, generator)[0].tolist()
         kind = [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC][
             int(torch.rand((), generator=generator) < 0.5)]
-        return TF.resized_crop(image, *box, self.size, kind, antialias=True), broken
+        image = TF.resized_crop(image, *box, self.size, kind, antialias=True)
+        if self.policy is not None:
+            image = self.policy(image, mix(self.seed, 3, epoch, index))
+        return image, broken
 
     def _load(self, keys):
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
             pin_memory=torch.device(self.device).type == "cuda")
         for images, broken in loader:
-            for path, reason in broken:
-                if path not in self.broken:
-                    self.broken.add(path)
+            for index, reason in reversed(broken):     # of several in a row, the last comes first
+                if self.labels is not None:
+                    self.labels[index] = self.labels[(index + 1) % len(self.paths)]
+                if self.paths[index] not in self.broken:
+                    self.broken.add(self.paths[index])
                     print(f"broken image, replaced by the next one: {reason}", flush=True)
                 if len(self.broken) > 0.01 * len(self.paths):
                     raise InputError(
@@ -301,35 +352,39 @@ def open_data(name, row, size, data_dir="data", train_images=None, device="cpu",
 
     row: the set's row of SETS, possibly overridden. size: (H, W). train_images: use the first N
     only. Raises InputError, e.g. for missing files or a folder without images."""
-    if name in SETS and name != "folder":
+    options = dict(row=row, size=size, device=device)
+    reading = options | dict(workers=workers, seed=seed)
+    if name in PHOTOS:
+        train, test = (Files(*photos(name, data_dir, part), Path(data_dir), **reading)
+                       for part in (True, False))
+    elif name in SETS and name != "folder":
         if name == "shapes":
-            train, test = draw_shapes(20_000, seed=1), draw_shapes(2_000, seed=2)
+            parts = draw_shapes(20_000, seed=1), draw_shapes(2_000, seed=2)
         else:
-            train, test = (torchvision_set(name, data_dir, train) for train in (True, False))
-        check_count(train_images, len(train[0]))
-        train = [tensor[:train_images] for tensor in train]
-        return (SmallSet(*train, row, size, device), SmallSet(*test, row, size, device))
-
-    root = Path(name)
-    if not root.is_dir():
-        known = ", ".join(n for n in SETS if n != "folder")
-        raise InputError(f"--data {name}: neither a folder nor one of {known}")
-    has_train = (root / "train").is_dir()
-    options = dict(row=row, size=size, device=device, workers=workers, seed=seed)
-    train = Folder(root / "train" if has_train else root, **options)
-    if not len(train):
-        raise InputError(f"--data {name}: no images below {train.root} "
-                         f"(looked for {' '.join(sorted(EXTENSIONS))})")
-    test = None
-    if has_train and (root / "val").is_dir():
-        test = Folder(root / "val", **options, classes=train.classes)
+            parts = (torchvision_set(name, data_dir, train) for train in (True, False))
+        train, test = (SmallSet(images, labels, **options, classes=classes)
+                       for images, labels, classes in parts)
+    else:
+        root = Path(name)
+        if not root.is_dir():
+            known = ", ".join(n for n in SETS if n != "folder")
+            raise InputError(f"--data {name}: neither a folder nor one of {known}")
+        has_train = (root / "train").is_dir()
+        where = root / "train" if has_train else root
+        train, test = Files(*find_images(where), where, **reading), None
+        if not len(train):
+            raise InputError(f"--data {name}: no images below {where} "
+                             f"(looked for {' '.join(sorted(EXTENSIONS))})")
+        if has_train and (root / "val").is_dir():
+            where = root / "val"
+            test = Files(*find_images(where, train.classes), where, **reading)
     if train_images is not None:
         check_count(train_images, len(train))
         # Folders are sorted by class: take images from everywhere, the same ones each time.
-        generator = torch.Generator().manual_seed(0)
-        keep = torch.randperm(len(train), generator=generator)[:train_images].sort().values
-        train.paths = [train.paths[i] for i in keep.tolist()]
-        train.labels = train.labels[keep] if train.labels is not None else None
+        keep = torch.arange(len(train))
+        if isinstance(train, Files):
+            keep = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        train.subset(keep[:train_images].sort().values)
         train.description += f", {train_images:,} of them used"
     return train, test if test is not None and len(test) else None
 
@@ -340,28 +395,79 @@ def check_count(train_images, available):
 
 
 def torchvision_set(name, data_dir, train):
-    """uint8 images (N, c, 32, 32), labels (N,) of a small public set; downloads what is missing."""
+    """uint8 images (N, c, 32, 32), labels (N,) and class names of a small public set; downloads
+    what is missing."""
     kind, files = {
         "fashion-mnist": (torchvision.datasets.FashionMNIST,
                           "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]"),
         "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py/ or cifar-10-python.tar.gz"),
         "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python/ or cifar-100-python.tar.gz"),
     }[name]
-    try:
+    with found_or_downloaded(name, files, data_dir):
         try:
             data = kind(data_dir, train=train, download=False)
         except RuntimeError:                    # not there, or (CIFAR) not what it should be
             data = kind(data_dir, train=train, download=True)
+        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    if name == "fashion-mnist":                                   # 28 x 28 grey, padded to 32 x 32
+        return torch.nn.functional.pad(images[:, None], (2, 2, 2, 2)), labels, data.classes
+    return images.permute(0, 3, 1, 2).contiguous(), labels, data.classes
+
+
+@contextlib.contextmanager
+def found_or_downloaded(name, files, data_dir):
+    """Whatever goes wrong within is said in one line, with the files that would mend it."""
+    try:
+        yield
     # OSError holds the network's errors; the rest is how damaged files show.
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError,
-            zlib.error) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError, EOFError,
+            pickle.UnpicklingError, zlib.error) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--data {name}: not found, nor downloaded ({reason[:160]}): "
                          f"put {files} into {data_dir} (--data-dir)") from error
-    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-    if name == "fashion-mnist":                                   # 28 x 28 grey, padded to 32 x 32
-        return torch.nn.functional.pad(images[:, None], (2, 2, 2, 2)), labels
-    return images.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def photos(name, data_dir, train):
+    """Paths, labels (N,) int64 and class names of one of PHOTOS, its training or its test split.
+
+    Downloads what is missing, but for cars (no longer offered) and inat18 (120 GB)."""
+    sets = torchvision.datasets
+    if name in ("flowers", "cars") and not importlib.util.find_spec("scipy"):
+        raise InputError(f"--data {name}: its labels are in .mat files, pip install scipy")
+
+    def either(kind, split, **options):
+        try:
+            return kind(data_dir, split, **options)
+        except RuntimeError:
+            return kind(data_dir, split, **options, download=True)
+
+    # torchvision offers image and label together only: lists spare decoding images for labels.
+    with found_or_downloaded(name, PHOTOS[name][2], data_dir):
+        if name == "flowers":
+            parts = [either(sets.Flowers102, part)
+                     for part in (("train", "val") if train else ("test",))]
+            return ([str(path) for part in parts for path in part._image_files],
+                    torch.tensor([label for part in parts for label in part._labels]),
+                    sets.Flowers102.classes)
+        if name == "pets":
+            part = either(sets.OxfordIIITPet, "trainval" if train else "test")
+            return [str(path) for path in part._images], torch.tensor(part._labels), part.classes
+        if name == "aircraft":
+            part = either(sets.FGVCAircraft, "trainval" if train else "test")
+            return part._image_files, torch.tensor(part._labels), part.classes
+        if name == "cars":
+            part = sets.StanfordCars(data_dir, "train" if train else "test")
+            paths, labels = zip(*part._samples)
+            return list(paths), torch.tensor(labels), part.classes
+        # iNaturalist 2018: torchvision has its images, but not the split of the competition.
+        root = Path(data_dir) / "inat18"
+        part = json.loads((root / f"{'train' if train else 'val'}2018.json").read_text())
+        categories = sorted(part["categories"], key=lambda category: category["id"])
+        number = {category["id"]: i for i, category in enumerate(categories)}
+        label = {a["image_id"]: number[a["category_id"]] for a in part["annotations"]}
+        return ([str(root / image["file_name"]) for image in part["images"]],
+                torch.tensor([label[image["id"]] for image in part["images"]]),
+                [category["name"] for category in categories])
 
 
 # ------------------------------------------------------------------------------------------ shapes
@@ -402,7 +508,7 @@ def figure_distance(kind, u, v):
 
 @functools.lru_cache(maxsize=2)          # a run's teacher and student ask for the same
 def draw_shapes(count, seed, size=32):
-    """`count` drawn images: uint8 (count, 3, size, size), labels (count,) into FIGURES.
+    """`count` drawn images: uint8 (count, 3, size, size), labels (count,) into FIGURES, FIGURES.
 
     One figure each. Place, size, angle, colours, a ground of two waves and noise all vary, so that
     comparing pixels tells little. Deterministic for a seed and a count."""
@@ -438,11 +544,11 @@ def draw_shapes(count, seed, size=32):
         image = ground * (1 - cover) + colour * cover
         image = image + 0.01 * torch.randn(b, 3, size, size, generator=g)
         out[part] = (image * 255).round().clamp(0, 255).byte()
-    return out, labels
+    return out, labels, FIGURES
 
 
 if __name__ == "__main__":
-    sheet, kinds = draw_shapes(200, seed=1)
+    sheet, kinds, _ = draw_shapes(200, seed=1)
     sheet = sheet[kinds.argsort(stable=True)].float() / 255
     torchvision.utils.save_image(sheet, "shapes.png", nrow=20, padding=1)
     print(f"shapes.png: a row each of {', '.join(FIGURES)}")

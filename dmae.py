@@ -528,7 +528,9 @@ def load_vit(path, heads=None):
         3. the width: 768 has 12, 1024 and 1280 have 16
         4. the caller: `heads`, or written behind the path, "x.pth:3"
 
-    A caller who contradicts 1 to 3 is refused. `description` of the result says what was read.
+    A caller who contradicts 1 to 3 is refused. `description` of the result says what was read;
+    `head` holds the tensors of a classifier on the mean of its patches, fc_norm and head, if the
+    file is one's (its fc_norm is also the result's `norm`), else nothing.
     Raises InputError with the reason for anything that is no plain ViT: every tensor must be one
     of the encoder's, or of a kind known to be unused."""
     path, heads = split_heads(path, heads)
@@ -538,7 +540,7 @@ def load_vit(path, heads=None):
     container = next((k for k in CONTAINERS if isinstance(content.get(k), dict)), None)
 
     # 1. Names: strip prefixes, rename, sort out what is not the encoder's.
-    state, prefixes, ignored, unknown, renamed = {}, set(), [], [], False
+    state, head, prefixes, ignored, unknown, renamed = {}, {}, set(), [], [], False
     for key, tensor in (content[container] if container else content).items():
         name, prefix = str(key), ""
         while begin := next((p for p in PREFIXES if name.startswith(p)), ""):
@@ -548,6 +550,8 @@ def load_vit(path, heads=None):
             name = pattern.sub(new, name)
         if use := next((UNUSED[u] for u in UNUSED if name.startswith(u)), None):
             ignored.append(use)
+            if name in ("head.weight", "head.bias") and isinstance(tensor, torch.Tensor):
+                head[name] = tensor.float()
         elif not isinstance(tensor, torch.Tensor):
             unknown.append(name)
         elif name in state:
@@ -567,7 +571,10 @@ def load_vit(path, heads=None):
         if all(part in state for part in parts):
             joined = torch.cat([state.pop(part) for part in parts])
             state[name.replace(".attn.q.", ".attn.qkv.")] = joined
-    if "norm.weight" not in state:                                # fine-tuned: its only norm
+    if "norm.weight" in state or "fc_norm.weight" not in state:
+        head = {}                                                 # none, or on the class token
+    else:                                                         # fine-tuned: its only norm
+        head |= {n: t for n, t in state.items() if n.startswith("fc_norm.")}
         state = {re.sub(r"^fc_norm\.", "norm.", n): t for n, t in state.items()}
     numbers = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", n) for n in state) if m]
     depth = max(numbers, default=-1) + 1
@@ -628,6 +635,7 @@ def load_vit(path, heads=None):
         raise InputError(f"{path} ({layout}) holds no plain ViT: {wrong[0]}"
                          + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
     vit.load_state_dict(state)
+    vit.head = head
     vit.description = (
         f"ViT {width} wide, {depth} blocks, {config['heads']} heads, patch {patch_size}, "
         f"grid {vit.grid[0]}x{vit.grid[1]}, from {path.name} ({layout})"
@@ -659,9 +667,9 @@ FREE = {"out", "resume", "overwrite", "workers", "data_dir"}
 # Without meaning for plain MAE.
 DISTILLING = ("layers", "match", "alpha", "decoupled")
 # What the teacher's run of `--teacher self` takes over from the student's.
-SHARED = ("data", "data_dir", "train_images", "image_size", "patch_size", "crop_scale",
-          "mask_ratio", "norm_pix", "epochs", "warmup_epochs", "batch_size", "micro_batch", "blr",
-          "weight_decay", "seed", "workers", "device", "amp", "compile")
+FROM_STUDENT = ("data", "data_dir", "train_images", "image_size", "patch_size", "crop_scale",
+                "mask_ratio", "norm_pix", "epochs", "warmup_epochs", "batch_size", "micro_batch",
+                "blr", "weight_decay", "seed", "workers", "device", "amp", "compile")
 
 
 class Parser(argparse.ArgumentParser):
@@ -680,7 +688,6 @@ def make_parser():
         "none: plain MAE; self: pre-train one first, into OUT/teacher [self for shapes]")
     add("--data", metavar="DIR|NAME", help="a folder of images (train/ and val/, or any tree), or "
         f"{', '.join(n for n in SETS if n != 'folder')} [shapes]")
-    add("--data-dir", metavar="DIR", help="where named sets lie, or are downloaded to [data]")
     add("--train-images", type=int, metavar="N", help="use only N: shortens any run [all]")
     add("--student", choices=PRESETS, help="size of the student [set]")
     add("--image-size", type=int, metavar="N", help="side of the student's images [set]")
@@ -707,12 +714,19 @@ def make_parser():
     add("--warmup-epochs", type=float, metavar="X", help="of linear warm-up; more if the loss "
         "jumps early [a tenth of the epochs]")
     add("--batch-size", type=int, metavar="N", help="images an update, over all processes [set]")
-    add("--micro-batch", type=int, metavar="N", help="images at a time on a device, when memory is "
-        "short; the update is the same [all]")
     add("--blr", type=float, metavar="X", help="the learning rate is blr * batch / 256 [set]")
     add("--weight-decay", type=float, metavar="X", help="none on biases and norms [0.05]")
+    add_machine_flags(add)
+    return parser
+
+
+def add_machine_flags(add):
+    """The flags that every program here has: where things are, how to compute them."""
+    add("--data-dir", metavar="DIR", help="where named sets lie, or are downloaded to [data]")
     add("--seed", type=int, metavar="N", help="of everything random; vary it for error bars [0]")
-    add("--workers", type=int, metavar="N", help="processes decoding a folder's images; results do "
+    add("--micro-batch", type=int, metavar="N", help="images at a time on a device, when memory is "
+        "short; the update is the same [all]")
+    add("--workers", type=int, metavar="N", help="processes decoding image files; results do "
         "not depend on it [cores, at most 8]")
     add("--device", help="cpu, cuda, cuda:1, ... [cuda if there is one]")
     add("--amp", choices=("off", "bf16", "fp16"), help="autocast; fp16 comes with a gradient "
@@ -723,16 +737,22 @@ def make_parser():
     add("--resume", action="store_true", help="go on after the last finished epoch of --out, with "
         "its settings")
     add("--overwrite", action="store_true", help="start anew in an --out that holds a run")
-    return parser
 
 
 def main(argv=None):
     """The command line; returns the run's folder. Bad input: a line on stderr, exit status 2."""
     parser = make_parser()
     given, settings = vars(parser.parse_args(argv)), {}
-    try:
+    with one_line_errors(parser, settings):
         teacher = resolve(given, settings)
         return pretrain(settings, teacher)
+
+
+@contextlib.contextmanager
+def one_line_errors(parser, settings):
+    """Around a whole program: what the user can mend ends it in one line. settings: the run's."""
+    try:
+        yield
     except InputError as error:
         parser.error(error)
     except torch.OutOfMemoryError:
@@ -745,7 +765,7 @@ def main(argv=None):
                      "be resumed")
     except KeyboardInterrupt:
         out = settings.get("out")
-        print(f"interrupted; to go on: python dmae.py --resume --out {shlex.quote(str(out))}"
+        print(f"interrupted; to go on: python {parser.prog} --resume --out {shlex.quote(str(out))}"
               if out and (Path(out) / "config.json").exists()
               else "interrupted before anything was written", file=sys.stderr)
         raise SystemExit(130) from None
@@ -763,38 +783,8 @@ def resolve(given, settings):
            teacher
         4. DEFAULTS, and what the machine has
     """
-    if given.get("out") == "":
-        raise InputError("--out is empty: name a folder")
-    out = Path(given["out"]) if "out" in given else None
     if given.get("resume"):
-        if given.get("overwrite"):
-            raise InputError("--resume and --overwrite exclude each other")
-        if out is None or not (out / "config.json").is_file():
-            raise InputError("--resume needs --out, the folder of a run (one with a config.json)")
-        try:
-            saved = json.loads((out / "config.json").read_text())
-            before, sha256 = saved["settings"], saved["teacher_sha256"]
-            settings.update(before | given)
-            file = None if settings["teacher"] in ("none", "self") else settings["teacher"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{out}/config.json is damaged: restore it, or start anew with "
-                             "--overwrite") from error
-        # Files and folders may have moved; a hash and the number of images tell others apart.
-        free = set(FREE)
-        if not {before.get("data"), settings.get("data")} & SETS.keys():
-            free.add("data")
-        if file and sha256 and split_heads(file)[1] == split_heads(before["teacher"])[1]:
-            free.add("teacher")
-        differ = [f"{key} was {before.get(key)}, now {given[key]}" for key in given.keys() - free
-                  if before.get(key) != given[key]]
-        if file and not split_heads(file)[0].exists():
-            raise InputError(f"the teacher of this run is gone from {file}: give its new place "
-                             "with --teacher")
-        if file and file_hash(file) != sha256:
-            differ.append(f"the content of {file} is another")
-        if differ:
-            raise InputError(f"--resume cannot change a run: {'; '.join(sorted(differ))}; leave "
-                             "these flags out, or start anew in another --out")
+        settings.update(settings_of_the_run(given, "teacher"))
         check(settings)
         return open_teacher(settings)
 
@@ -805,12 +795,7 @@ def resolve(given, settings):
                              "self (pre-train one first)")
         teacher = "self"
     mine = RUN_FILES + (("teacher/config.json",) if teacher == "self" else ())
-    held = [out / name for name in mine if (out / name).exists()] if out is not None else []
-    if held and not given.get("overwrite"):
-        raise InputError(f"--out {out} holds a run ({held[0].relative_to(out)}): add --resume to "
-                         "go on with it or --overwrite to replace it, or name another folder")
-    if split_heads(teacher)[0].resolve() in [path.resolve() for path in held]:
-        raise InputError(f"--overwrite would delete the teacher {teacher}: name another --out")
+    check_vacant(given, mine, teacher)
     if teacher == "none" and (useless := [f"--{key}" for key in DISTILLING if key in given]):
         raise InputError(f"{useless[0]} is about a teacher: not with --teacher none")
 
@@ -824,27 +809,76 @@ def resolve(given, settings):
         defaults |= dict(train_images=4000, epochs=4)
     settings.update({key: value for key, value in defaults.items() if key not in given})
     settings.setdefault("warmup_epochs", settings["epochs"] / 10)
-    settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     check(settings)
-    cuda = torch.device(settings["device"]).type == "cuda"
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    settings.setdefault("amp", "bf16" if bf16 else "fp16" if cuda else "off")
-    settings.setdefault("compile", cuda)
     return vit
 
 
+def settings_of_the_run(given, source):
+    """With --resume: the settings of the run in --out, and what of `given` may differ from them.
+
+    source: the flag, "teacher" or "init", whose file the run has kept a hash of."""
+    out = Path(given.get("out", ""))
+    if given.get("overwrite"):
+        raise InputError("--resume and --overwrite exclude each other")
+    if not given.get("out") or not (out / "config.json").is_file():
+        raise InputError("--resume needs --out, the folder of a run (one with a config.json)")
+    try:
+        saved = json.loads((out / "config.json").read_text())
+        before, sha256 = saved["settings"], saved[f"{source}_sha256"]
+        settings = before | given
+        file = None if settings[source] in ("none", "self") else settings[source]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{out}/config.json is damaged, or of another program: restore it, or "
+                         "start anew with --overwrite") from error
+    # Files and folders may have moved; a hash and the number of images tell others apart.
+    free = set(FREE)
+    if not {before.get("data"), settings.get("data")} & SETS.keys():
+        free.add("data")
+    if file and sha256 and split_heads(file)[1] == split_heads(before[source])[1]:
+        free.add(source)
+    differ = [f"{key} was {before.get(key)}, now {given[key]}" for key in given.keys() - free
+              if before.get(key) != given[key]]
+    if file and not split_heads(file)[0].exists():
+        raise InputError(f"the --{source} of this run is gone from {file}: give its new place "
+                         f"with --{source}")
+    if file and file_hash(file) != sha256:
+        differ.append(f"the content of {file} is another")
+    if differ:
+        raise InputError(f"--resume cannot change a run: {'; '.join(sorted(differ))}; leave "
+                         "these flags out, or start anew in another --out")
+    return settings
+
+
+def check_vacant(given, names, source):
+    """Raise InputError if --out holds any of the files `names`, and was not given up for them, or
+    if `source`, a file to start from, is one of them."""
+    if given.get("out") == "":
+        raise InputError("--out is empty: name a folder")
+    out = Path(given["out"]) if "out" in given else None
+    held = [out / name for name in names if (out / name).exists()] if out is not None else []
+    if held and not given.get("overwrite"):
+        raise InputError(f"--out {out} holds a run ({held[0].relative_to(out)}): add --resume to "
+                         "go on with it or --overwrite to replace it, or name another folder")
+    if split_heads(source)[0].resolve() in [path.resolve() for path in held]:
+        raise InputError(f"--overwrite would delete {source}: name another --out")
+
+
 def check(settings):
-    """Raise InputError for numbers and devices that cannot work."""
-    for key, least in dict(epochs=0, warmup_epochs=0, batch_size=1, micro_batch=1, blr=0, alpha=0,
-                           weight_decay=0, workers=0, seed=0).items():
-        value = settings[key]
+    """Fill in device, precision and compilation, from what the machine has; raise InputError for
+    numbers and devices that cannot work."""
+    for key, least in dict(
+            epochs=0, warmup_epochs=0, batch_size=1, micro_batch=1, blr=0, alpha=0, weight_decay=0,
+            workers=0, seed=0).items():
+        value = settings.get(key)
         if value is not None and not least <= value < 2**63:                # nor is nan
             raise InputError(f"--{key.replace('_', '-')} {value}: must be a number from {least} up")
-    if settings["warmup_epochs"] > settings["epochs"]:
+    if settings.get("warmup_epochs", 0) > settings.get("epochs", 0):
         raise InputError(f"--warmup-epochs {settings['warmup_epochs']}: more than the "
                          f"{settings['epochs']} epochs there are")
-    if not 0 < settings["crop_scale"] <= 1:
+    if not 0 < settings.get("crop_scale", 1) <= 1:
         raise InputError(f"--crop-scale {settings['crop_scale']}: must be above 0, and at most 1")
+
+    settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(1, device=settings["device"]).device.type
         torch.Generator(settings["device"])                                 # meta has none
@@ -853,6 +887,9 @@ def check(settings):
                          "where there is one") from error
     if settings.get("amp") == "fp16" and device != "cuda":
         raise InputError("--amp fp16 needs a CUDA device: take bf16 or off")
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    settings.setdefault("amp", "bf16" if bf16 else "fp16" if device == "cuda" else "off")
+    settings.setdefault("compile", device == "cuda")
 
 
 def open_teacher(settings):
@@ -877,6 +914,48 @@ def file_hash(teacher):
     return hashlib.sha256(split_heads(teacher)[0].read_bytes()).hexdigest()
 
 
+def join_processes(s):
+    """Under torchrun, meet the other processes: (rank, how many, the device of this one, a `print`
+    that only the first has)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(s.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device, print if rank == 0 else lambda *text: None
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process does what is within, then the others do."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
+
+
+def precision(s, device):
+    """Gradient scaler and autocast of --amp."""
+    return (torch.amp.GradScaler(device.type, enabled=s.amp == "fp16"),
+            torch.autocast(device.type, torch.float16 if s.amp == "fp16" else torch.bfloat16,
+                           enabled=s.amp != "off"))
+
+
+def replicate(model, s, device):
+    """What to call in training: the model, compiled in place if asked, averaging its gradients over
+    the processes if there are several."""
+    if s.compile:
+        model.compile()
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
 def new_model(settings, teacher):
     """An untrained MAE, or DMAE if there is a teacher; its weights depend on the seed alone."""
     s = argparse.Namespace(**settings)
@@ -894,15 +973,15 @@ def new_model(settings, teacher):
     return DMAE(student, teacher, layers, s.match, s.alpha, s.decoupled)
 
 
-def learning_rate(step, total, warmup, peak):
+def learning_rate(step, total, warmup, peak, end=0.0):
     """The rate at step 0 .. total - 1, set at every step as in MAE:
 
         1. before `warmup`: a line from 0 to peak
-        2. from then on: half a cosine from peak to 0
+        2. from then on: half a cosine from peak to `end`
     """
     if step < warmup:
         return peak * step / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def parameter_groups(model, weight_decay):
@@ -914,63 +993,110 @@ def parameter_groups(model, weight_decay):
             dict(params=[trained[n] for n in trained if n in free], weight_decay=0.0)]
 
 
-def train_step(model, optimizer, scaler, lr, pieces, batch, autocast):
-    """One update from `batch` images, which come in `pieces` of (images, ids_keep).
+def train_step(model, optimizer, scaler, lr, pieces, batch, autocast, clip=None):
+    """One update from `batch` images, which come in `pieces` of (images, ids_keep), or of whatever
+    else the model takes to return {"loss": ...}. clip: most the gradient's norm may be.
 
     Returns the mean of each loss term, still on the device: reading it would wait for the step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1)                 # layer-wise decay, in finetune.py
     means, seen = {}, 0
-    for images, ids_keep in pieces:
+    for images, other in pieces:
         share, seen = len(images) / batch, seen + len(images)
         # With several processes, gradients are averaged once, along with the last piece.
         more_to_come = isinstance(model, DistributedDataParallel) and seen < batch
         with model.no_sync() if more_to_come else contextlib.nullcontext():
             with autocast:
-                losses = model(images, ids_keep)
+                losses = model(images, other)
             scaler.scale(losses["loss"] * share).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach() * share
+    if clip:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return means
 
 
+def epoch_order(train, s, epoch):
+    """Indices (steps, batch) of an epoch's images; the last, incomplete batch is dropped."""
+    shuffle = torch.Generator().manual_seed(mix(s.seed, 0, epoch))
+    steps = len(train) // s.batch_size
+    order = torch.randperm(len(train), generator=shuffle)[:steps * s.batch_size]
+    return order.view(steps, s.batch_size)
+
+
+def run_epoch(update, source, optimizer, epoch, steps, s, first):
+    """One epoch, of `steps` calls of update(step, images) with a batch from `source` each.
+
+    s: the settings. first: of those that this process computes. Returns the mean of each term that
+    `update` returns, and a line for the log. Raises InputError when one is not finite."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    show = world == 1 or dist.get_rank() == 0
+    sums, read, waited, began = {}, 0, 0.0, time.perf_counter()
+    warm, clock, source = 0, began, iter(source)     # images/s leaves out the first steps
+    bar = tqdm(range(steps), f"epoch {epoch + 1}/{s.epochs}", unit="step", leave=False,
+               disable=None if show else True)
+    for i in bar:
+        asked = time.perf_counter()
+        images = next(source)
+        waited += time.perf_counter() - asked
+        step = epoch * steps + i
+        sums = {name: sums.get(name, 0) + loss for name, loss in update(step, images).items()}
+        if i != 4 and (i + 1) % 20 and i + 1 < steps:
+            continue
+
+        # The device is read here, and nowhere else between two steps.
+        values = torch.stack(list(sums.values())) / (i + 1) / world
+        if world > 1:
+            dist.all_reduce(values)
+        means = dict(zip(sums, values.tolist()))
+        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+        trained = (p for group in optimizer.param_groups for p in group["params"])
+        if i + 1 == steps and not all(p.isfinite().all() for p in trained):
+            bad.append("weights")
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        if bad:
+            raise InputError(
+                f"{' and '.join(bad)} not finite in steps {step - i + read} to {step}, at learning "
+                f"rate {lr:.3g}: lower --blr or try --amp off; "
+                + (f"{s.out} keeps epoch {epoch}" if epoch else "nothing was kept"))
+        now, read = time.perf_counter(), i + 1
+        if i == 4 < steps - 1:
+            warm, clock = i + 1, now
+        rate = s.batch_size * (i + 1 - warm) / max(now - clock, 1e-9)
+        bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()},
+                        images_per_s=f"{rate:.0f}")
+        if first and show and i > 4:
+            first, left = False, ((s.epochs - epoch) * steps - i - 1) * s.batch_size / rate / 60
+            print(f"  expected  {left:.1f} more minutes of training; measuring comes on top")
+    return means, dict(epoch=epoch + 1, step=step + 1, lr=lr, images_per_second=rate,
+                       data_wait=waited / (time.perf_counter() - began))
+
+
 def pretrain(settings, teacher):
     """One run, as `resolve` set it up; fills in settings["out"], and returns it."""
     s = argparse.Namespace(**settings)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, say = torch.device(s.device), print if rank == 0 else lambda *text: None
-    if world > 1:                                                        # started by torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world, device, say = join_processes(s)
 
     # Whatever can be wrong comes to light before anything is written.
     if s.batch_size % world:
         raise InputError(f"--batch-size {s.batch_size} does not divide among {world} processes")
     model = new_model(settings, teacher)
-    if rank > 0:
-        dist.barrier()                                         # the first process may download
-    train, test = open_data(s.data, settings, (s.image_size, s.image_size), s.data_dir,
-                            s.train_images, device, s.workers, s.seed)
-    if world > 1 and rank == 0:
-        dist.barrier()
-    steps = len(train) // s.batch_size                    # the last, incomplete batch is dropped
+    with first_process_first():                                          # it may download
+        train, test = open_data(s.data, settings, (s.image_size, s.image_size), s.data_dir,
+                                s.train_images, device, s.workers, s.seed)
+    steps = len(train) // s.batch_size
     if not steps:
         raise InputError(f"--batch-size {s.batch_size}: more than the {len(train)} training images")
-    out = Path(settings.get("out", "runs"))
-    if s.data not in SETS and train.root.resolve() in (out.resolve(), *out.resolve().parents):
-        raise InputError(f"--out {out} is inside the data, {train.root}: its pictures would be "
-                         "trained on; name a folder elsewhere")
-    out = settings["out"] = open_folder(settings, rank, world)
+    check_outside(settings, train)
+    out = settings["out"] = s.out = open_folder(settings, "teacher", RUN_FILES)
 
     if s.teacher == "self":
         say(f"first the teacher, a masked autoencoder of its own, in {out}/teacher")
-        own = {k: settings[k] for k in SHARED} | dict(
+        own = {k: settings[k] for k in FROM_STUDENT} | dict(
             teacher="none", student=s.teacher_preset, out=str(out / "teacher"))
         begun = s.resume and (out / "teacher" / "config.json").exists()
         own["resume" if begun else "overwrite"], own_settings = True, {}
@@ -989,9 +1115,7 @@ def pretrain(settings, teacher):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, s.weight_decay), lr=peak,
                                   betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
-    scaler = torch.amp.GradScaler(device.type, enabled=s.amp == "fp16")
-    autocast = torch.autocast(device.type, torch.float16 if s.amp == "fp16" else torch.bfloat16,
-                              enabled=s.amp != "off")
+    scaler, autocast = precision(s, device)
 
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
     done, log = load_checkpoint(out, parts, len(train)) if s.resume else (0, [])
@@ -1001,9 +1125,7 @@ def pretrain(settings, teacher):
         return out
 
     def batches(epoch, count=steps):
-        shuffle = torch.Generator().manual_seed(mix(s.seed, 0, epoch))
-        order = torch.randperm(len(train), generator=shuffle)[:count * s.batch_size]
-        return train.batches(order.view(count, s.batch_size)[:, mine], epoch)
+        return train.batches(epoch_order(train, s, epoch)[:count, mine], epoch)
 
     def pieces(step, images):
         """(images, ids_keep) to train on. The random numbers of a step are drawn for the whole
@@ -1044,11 +1166,6 @@ def pretrain(settings, teacher):
         with autocast:
             return pooled_features(encoder, batches)
 
-    def record(**line):
-        log.append(line)
-        write(out / "log.jsonl",
-              lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in log)))
-
     if rank == 0 and not done:
         log.clear()
         line = dict(epoch=0, step=0)
@@ -1058,74 +1175,30 @@ def pretrain(settings, teacher):
             line["knn"] = neighbours(student_features)
             say(f"  k-NN      raw pixels {line['knn_pixels']:.1%}, "
                 f"untrained student {line['knn']:.1%}")
-        record(**line)
+        record(out, log, line)
 
-    if s.compile:
-        model.compile()
-    replica = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None)
+    replica = replicate(model, s, device)
 
-    # The loop.
-    expecting = True
+    def update(step, images):
+        lr = learning_rate(step, total, warmup, peak)
+        return train_step(replica, optimizer, scaler, lr, pieces(step, images), local, autocast)
+
     for epoch in range(done, s.epochs):
-        sums, read, waited, began = {}, 0, 0.0, time.perf_counter()
-        warm, clock = 0, began                 # images/s leaves out the first steps of each epoch
-        source = iter(batches(epoch))
-        bar = tqdm(range(steps), f"epoch {epoch + 1}/{s.epochs}", unit="step", leave=False,
-                   disable=None if rank == 0 else True)
-        for i in bar:
-            asked = time.perf_counter()
-            images = next(source)
-            waited += time.perf_counter() - asked
-            step = epoch * steps + i
-            lr = learning_rate(step, total, warmup, peak)
-            losses = train_step(
-                replica, optimizer, scaler, lr, pieces(step, images), local, autocast)
-            sums = {name: sums.get(name, 0) + loss for name, loss in losses.items()}
-            if i != 4 and (i + 1) % 20 and i + 1 < steps:
-                continue
-
-            # The device is read here, and nowhere else between two steps.
-            values = torch.stack(list(sums.values())) / (i + 1) / world
-            if world > 1:
-                dist.all_reduce(values)
-            means = dict(zip(sums, values.tolist()))
-            bad = [name for name, mean in means.items() if not math.isfinite(mean)]
-            if i + 1 == steps and not all(p.isfinite().all() for p in trained):
-                bad.append("weights")
-            if bad:
-                raise InputError(
-                    f"{' and '.join(bad)} not finite in steps {step - i + read} to {step}, at "
-                    f"learning rate {lr:.3g}: lower --blr or try --amp off; "
-                    + (f"{out} keeps epoch {epoch}" if epoch else "nothing was kept"))
-            now, read = time.perf_counter(), i + 1
-            if i == 4 < steps - 1:
-                warm, clock = i + 1, now
-            rate = s.batch_size * (i + 1 - warm) / max(now - clock, 1e-9)
-            bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()},
-                            images_per_s=f"{rate:.0f}")
-            if expecting and i > 4:
-                expecting = False
-                minutes = (total - step - 1) * s.batch_size / rate / 60
-                say(f"  expected  {minutes:.1f} more minutes of training"
-                    + (", and a k-NN after each epoch" if neighbours else ""))
-
-        # The end of an epoch: measure, log, save.
+        means, line = run_epoch(update, batches(epoch), optimizer, epoch, steps, s,
+                                first=epoch == done)
         if rank == 0:
-            line = dict(epoch=epoch + 1, step=step + 1, lr=lr, **means, images_per_second=rate,
-                        data_wait=waited / (time.perf_counter() - began))
+            line |= means
             if train.broken:
                 line["broken_images"] = len(train.broken)
             if neighbours:
                 line["knn"] = neighbours(student_features)
-            record(**line)
+            record(out, log, line)
             save_student(out / "student.pth", model)
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(epoch=epoch + 1, images=len(train))
-            write(out / "checkpoint.pth", lambda path: torch.save(state, path))
+            save_checkpoint(out, parts, epoch + 1, len(train))
             say(f"epoch {epoch + 1}/{s.epochs}: "
                 + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-                + (f", k-NN {line['knn']:.1%}" if neighbours else "") + f", {rate:.0f} images/s")
+                + (f", k-NN {line['knn']:.1%}" if neighbours else "")
+                + f", {line['images_per_second']:.0f} images/s")
 
     if rank == 0:
         save_student(out / "student.pth", model)           # there may have been no epoch to do it
@@ -1151,7 +1224,8 @@ def knn_top1(bank, bank_labels, test, test_labels, k=20, temperature=0.07):
     Cosine similarity; each of the k nearest votes with exp(similarity / temperature)."""
     bank, test = F.normalize(bank, dim=1), F.normalize(test, dim=1)
     right, classes = 0, int(bank_labels.max()) + 1
-    for part, labels in zip(test.split(1000), test_labels.split(1000)):
+    rows = max(1, min(1000, 10**8 // len(bank)))                             # bounds the memory
+    for part, labels in zip(test.split(rows), test_labels.split(rows)):
         similarity, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(part), classes, device=part.device)
         votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
@@ -1160,21 +1234,26 @@ def knn_top1(bank, bank_labels, test, test_labels, k=20, temperature=0.07):
 
 
 @torch.no_grad()
-def pooled_features(encoder, batches):
-    """Mean of the last block's patch tokens after a parameter-free layer norm: (N, c)."""
-    tokens = (encoder(images, tokens=[encoder.depth])[1][encoder.depth] for images in batches)
-    return torch.cat([F.layer_norm(x[:, 1:].float(), x.shape[-1:]).mean(dim=1) for x in tokens])
+def pooled_features(encoder, batches, block=None, pool="mean"):
+    """Tokens of a block (None: the last) after a parameter-free layer norm: (N, c).
+
+    pool: "mean" of the patch tokens, or the class token, "cls"."""
+    block = encoder.depth if block is None else block
+    tokens = (encoder(images, tokens=[block])[1][block] for images in batches)
+    tokens = (F.layer_norm(x.float(), x.shape[-1:]) for x in tokens)
+    return torch.cat([x[:, 1:].mean(dim=1) if pool == "mean" else x[:, 0] for x in tokens])
 
 
 class KNN:
-    """Accuracy of any features on fixed samples: 10,000 training images as bank, 2,000 of test."""
+    """Accuracy of any features on fixed samples of the training images, the bank, and the test
+    images; None: all of them."""
 
-    def __init__(self, train, test):
+    def __init__(self, train, test, bank=10_000, queries=2_000):
         def sample(source, count):
             return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]
 
         self.sources = train, test
-        self.ids = sample(train, 10_000), sample(test, 2_000)
+        self.ids = sample(train, bank), sample(test, queries)
 
     def __call__(self, features):
         """features: a function from batches of images to (N, c)."""
@@ -1183,10 +1262,20 @@ class KNN:
         return knn_top1(bank, labels[0], query, labels[1])
 
 
-def open_folder(settings, rank, world):
-    """Make the run's folder, given or the next free number under runs/, and write its config."""
+def check_outside(settings, train):
+    """Raise InputError if the run's folder would lie among a folder's images."""
+    out = Path(settings.get("out", "runs"))
+    if settings["data"] not in SETS and train.root.resolve() in (
+            out.resolve(), *out.resolve().parents):
+        raise InputError(f"--out {out} is inside the data, {train.root}: its pictures would be "
+                         "trained on; name a folder elsewhere")
+
+
+def open_folder(settings, source, names):
+    """Make the run's folder, given or the next free number under runs/, and write its config, with
+    a hash of the file given as --source. names: the files of an earlier run, to be removed."""
     folder = [settings.get("out")]
-    if rank == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             number = 0
             while folder[0] is None:
@@ -1200,20 +1289,34 @@ def open_folder(settings, rank, world):
                 content = dict(
                     settings=settings | dict(out=str(out)), torch=torch.__version__,
                     torchvision=torchvision.__version__,
-                    teacher_sha256=file_hash(settings["teacher"]))
+                    **{f"{source}_sha256": file_hash(settings[source])})
 
                 def replace(temporary):     # the old run goes once the folder can be written to
                     temporary.write_text(json.dumps(content, indent=1) + "\n")
-                    for name in RUN_FILES:
+                    for name in names:
                         (out / name).unlink(missing_ok=True)
 
                 write(out / "config.json", replace)
         except OSError as error:
             raise InputError(f"--out {folder[0] or 'runs'}: cannot write there, "
                              f"{error.strerror}") from error
-    if world > 1:
+    if dist.is_initialized():
         dist.broadcast_object_list(folder, src=0)
     return Path(folder[0])
+
+
+def record(out, log, line):
+    """Append a line to the log, a list, and to the run's log.jsonl."""
+    log.append(line)
+    write(out / "log.jsonl", lambda path: path.write_text("".join(
+        json.dumps(x) + "\n" for x in log)))
+
+
+def save_checkpoint(out, parts, epoch, images):
+    """All that `load_checkpoint` needs. parts: name -> what has a state_dict."""
+    content = {name: part.state_dict() for name, part in parts.items()}
+    content |= dict(epoch=epoch, images=images)
+    write(out / "checkpoint.pth", lambda path: torch.save(content, path))
 
 
 def load_checkpoint(out, parts, images):

@@ -36,6 +36,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 import dmae
+import finetune
 from data import SETS, InputError, read_image
 from dmae import (DMAE, MAE, Scores, ViT, knn_top1, learning_rate, load_vit, main,
                   parameter_groups, resolve, save_student, sincos_positions, split_heads,
@@ -693,7 +694,8 @@ def write_images(root, *names, height=10, width=12):
 
 
 def image_folder(root, **options):
-    return data.Folder(root, **dict(row=SETS["folder"], size=(8, 8)) | options)
+    return data.Files(*data.find_images(root), root,
+                      **dict(row=SETS["folder"], size=(8, 8)) | options)
 
 
 def torchvision_box(*size, min_scale):
@@ -857,12 +859,12 @@ def test_a_broken_image_is_replaced_by_the_next_and_named_once(tmp_path, capsys)
 def test_too_many_broken_images_are_an_error(tmp_path, count, workers):
     source, order = folder_of_120(tmp_path, *range(count), workers=workers)
     assert len(source[0, 0][1]) == 2                     # past 1 % it looks for no further one
-    with pytest.raises(InputError, match="of 120 images .*000.png"):
+    with pytest.raises(InputError, match="of 120 images .*00[0-2].png"):
         list(source.batches(order, 0))
 
 
 def test_shapes_are_balanced_and_the_same_for_a_seed():
-    (images, labels), again, other = (data.draw_shapes(500, seed) for seed in (1, 1, 2))
+    (images, labels, _), again, other = (data.draw_shapes(500, seed) for seed in (1, 1, 2))
     assert images.dtype == torch.uint8 and images.shape == (500, 3, 32, 32)
     assert labels.bincount().tolist() == [50] * 10
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
@@ -1010,8 +1012,8 @@ def same_bits(a, b):
 
 
 def without_times(log):
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")}
-            for line in log]
+    times = ("images_per_second", "data_wait", "minutes")
+    return [{k: v for k, v in line.items() if k not in times} for line in log]
 
 
 def same_function(a, b):
@@ -1180,14 +1182,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, teacher, tmp_path, caps
 # ===================================================================================== command line
 
 
-def fails(argv, words, capsys):
+def fails(argv, words, capsys, program=dmae):
     """One line on stderr with `words`, exit status 2, no traceback."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        main([str(x) for x in argv])
+        program.main([str(x) for x in argv])
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and error.startswith("dmae.py: error: ")
-    assert re.search(words, error), error
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"{program.__name__}.py: error: ") and re.search(words, error), error
 
 
 # Every flag, with what must be seen of it afterwards: in config.json, log.jsonl or student.pth.
@@ -1328,11 +1330,547 @@ def test_missing_teacher_names_the_three_choices(folder, capsys):
     fails(["--data", folder], "FILE.*none.*self", capsys)
 
 
+# ====================================================================================== fine-tuning
+
+
+def tune(init, *more):
+    return finetune.main(["--init", str(init), *map(str, more)])
+
+
+def tuning(folder, *more):
+    return ["--data", folder, "--epochs", 2, "--batch-size", 8, "--workers", 0, *more]
+
+
+def tuned(out):
+    return torch.load(Path(out) / "model.pth", weights_only=True)["model"]
+
+
+def small_classifier(classes=3, seed=0, **changes):
+    torch.manual_seed(seed)
+    sizes = dict(image_size=16, patch_size=4, width=24, depth=2, heads=3)
+    return finetune.Classifier(classes, **sizes | changes)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("heads", [3, 12])
+def test_classifier_agrees_with_timm(heads):
+    timm = pytest.importorskip("timm")
+    model = scramble(finetune.Classifier(7, depth=2, heads=heads)).eval()
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=7, global_pool="avg",
+                              depth=2, num_heads=heads).eval()
+    other.load_state_dict(model.state_dict())
+    images = some_images(model)
+    with torch.no_grad():
+        assert torch.allclose(model.logits(images), other(images), atol=1e-4)
+
+
+def test_tiny_classifier_has_the_papers_number_of_parameters():
+    assert sum(p.numel() for p in finetune.Classifier(1000).parameters()) == 5_717_416
+
+
+def test_layer_decay_and_weight_decay_of_every_parameter_of_tiny():
+    model = finetune.Classifier(10)
+    groups = finetune.layer_groups(model, 0.85, 0.05)
+    found = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    # 0.85^13 for what comes before block 1, 0.85^12 for block 1, ..., 1 for the head.
+    scales = [0.120906, 0.142242, 0.167343, 0.196874, 0.231617, 0.272491, 0.320577, 0.377150,
+              0.443705, 0.522006, 0.614125, 0.7225, 0.85, 1.0]
+    expected = {"cls_token": (scales[0], 0), "pos_embed": (scales[0], 0),
+                "patch_embed.proj.weight": (scales[0], 0.05),
+                "patch_embed.proj.bias": (scales[0], 0),
+                "fc_norm.weight": (1, 0), "fc_norm.bias": (1, 0),
+                "head.weight": (1, 0.05), "head.bias": (1, 0)}
+    for block in range(12):
+        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            expected[f"blocks.{block}.{part}.weight"] = (scales[block + 1], 0.05)
+            expected[f"blocks.{block}.{part}.bias"] = (scales[block + 1], 0)
+        for part in ("norm1", "norm2"):
+            expected[f"blocks.{block}.{part}.weight"] = (scales[block + 1], 0)
+            expected[f"blocks.{block}.{part}.bias"] = (scales[block + 1], 0)
+    assert {n for n, _ in model.named_parameters()} == expected.keys()
+    assert sum(len(g["params"]) for g in groups) == len(expected) == len(found)
+    for name, p in model.named_parameters():
+        assert found[id(p)] == pytest.approx(expected[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("data_set, images, peak", [("folder", 1_281_167, 4e-3),
+                                                    ("cifar100", 50_000, 0.1),
+                                                    ("pets", 3_680, 0.03)])
+def test_schedules_of_the_paper(data_set, images, peak):
+    recipe, changes = finetune.SIZED[data_set]
+    row = finetune.RECIPES[recipe] | changes
+    steps = images // row["batch_size"]
+    total, warm = row["epochs"] * steps, row["warmup_epochs"] * steps
+    assert row["blr"] * row["batch_size"] / 256 == pytest.approx(peak)
+
+    def rate(step):
+        return learning_rate(step, total, warm, peak, row["end_lr"])
+
+    assert rate(0) == 0 and rate(warm // 2) == pytest.approx(peak * (warm // 2) / warm)
+    assert rate(warm) == peak and rate(warm - 1) < peak
+    assert rate(warm + (total - warm) // 2) == pytest.approx((peak + 1e-6) / 2, rel=2e-3)
+    assert 1e-6 < rate(total - 1) < 1e-6 + peak * 1e-3
+    # Layer decay scales the end too: what the optimizer gets is this times the group's scale.
+    model = finetune.Supervised(small_classifier())
+    optimizer = torch.optim.SGD(finetune.layer_groups(model.classifier, 0.5, 0.0), lr=1)
+    batch = torch.zeros(2, 3, 16, 16), torch.tensor([0, 1])
+    train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), rate(total - 1),
+               [batch], 2, torch.autocast("cpu", enabled=False))
+    assert {(g["layer"], g["lr"] / rate(total - 1)) for g in optimizer.param_groups} == {
+        (0, 0.125), (1, 0.25), (2, 0.5), (3, 1.0)}
+
+
+def test_the_gradients_norm_is_clipped():
+    model, images = finetune.Supervised(small_classifier()), torch.randn(4, 3, 16, 16)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0,
+               [(images, torch.tensor([0, 1, 2, 0]))], 4, torch.autocast("cpu", enabled=False),
+               clip=1e-3)
+    change = sum((p - q).square().sum() for p, q in zip(model.parameters(), before)).sqrt().item()
+    assert change == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_classifier_overfits_one_batch_and_targets_may_be_soft():
+    model = finetune.Supervised(small_classifier())
+    images, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 3
+    first = model(images, labels)["loss"].item()
+    assert first == pytest.approx(math.log(3), abs=0.1)         # the head begins near zero
+    assert model(images, F.one_hot(labels, 3).float())["loss"].item() == pytest.approx(first)
+    model.smoothing = 0.3
+    soft = 0.7 * F.one_hot(labels, 3) + 0.1
+    expected = -(soft * model.classifier.logits(images).log_softmax(1)).sum(1).mean()
+    assert torch.allclose(model(images, labels)["loss"], expected)
+    model.smoothing = 0.0
+    optimizer = torch.optim.AdamW(finetune.layer_groups(model.classifier, 0.9, 0.05))
+    for _ in range(60):
+        loss = train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 3e-3,
+                          [(images, labels)], 12, torch.autocast("cpu", enabled=False))["loss"]
+    assert loss < 0.05
+
+
+def names_of(model, *beginnings):
+    return {n for n in model.state_dict() if n.startswith(beginnings)}
+
+
+def test_initialisations_differ_exactly_where_they_should(run):
+    def start(init, **changes):
+        settings = dict(init=init, keep_blocks=None, freeze_blocks=None, seed=5) | changes
+        return finetune.new_classifier(vit, 2, argparse.Namespace(**settings))[0]
+
+    vit = load_vit(run / "student.pth")
+    scratch, loaded = start("none"), start("student.pth")
+    embedding = ("cls_token", "pos_embed", "patch_embed.")
+    everything = set(scratch.state_dict())
+
+    def from_file(model):
+        saved = vit.state_dict()
+        return {n for n, p in model.state_dict().items() if n in saved and torch.equal(p, saved[n])}
+
+    def as_scratch(model):
+        return {n for n, p in model.state_dict().items() if torch.equal(p, scratch.state_dict()[n])}
+
+    assert from_file(loaded) == everything - names_of(loaded, "fc_norm.", "head.")
+    for kept in range(5):
+        model = start("student.pth", keep_blocks=kept)
+        pre_trained = names_of(model, *embedding, *(f"blocks.{i}." for i in range(kept)))
+        assert from_file(model) >= pre_trained
+        assert as_scratch(model) == (everything - pre_trained) | {"pos_embed"}    # a fixed table
+    # A model from scratch is the untrained student of that seed, and the seed matters.
+    untrained = dmae.new_model(config(run) | dict(seed=5), None).encoder.state_dict()
+    assert all(torch.equal(untrained[n], p) for n, p in scratch.state_dict().items()
+               if n in untrained)
+    assert not torch.equal(start("none", seed=6).cls_token, scratch.cls_token)
+
+
+def test_kept_and_frozen_blocks_on_the_command_line(run, folder, tmp_path):
+    result = tune(run / "student.pth", *tuning(folder), "--keep-blocks", 3, "--freeze-blocks", 2,
+                  "--out", tmp_path / "a")
+    before, after = load_vit(run / "student.pth").state_dict(), tuned(result["out"])
+    same = {n for n in after if n in before and torch.equal(before[n], after[n])}
+    assert same == {n for n in after if n.startswith(
+        ("cls_token", "pos_embed", "patch_embed.", "blocks.0.", "blocks.1."))}
+
+
+@pytest.fixture(scope="module")
+def fine(run, folder, tmp_path_factory):
+    """A finished fine-tuning with every augmentation, and its result."""
+    out = tmp_path_factory.mktemp("fine") / "plain"
+    return tune(run / "student.pth", *tuning(folder, "--out", out, *AUGMENTED))
+
+
+AUGMENTED = ["--cutmix", 1, "--erasing", 0.5, "--smoothing", 0.1, "--blr", 0.1]
+
+
+def test_fine_tuning_leaves_what_it_should(fine, run, folder, capsys):
+    out = Path(fine["out"])
+    assert {p.name for p in out.iterdir()} == set(finetune.RUN_FILES)
+    log = log_of(out)
+    assert [line["epoch"] for line in log] == [1, 2] and log[-1]["step"] == 10
+    assert {"loss", "top1", "top5", "test_loss", "lr", "images_per_second", "minutes"} < set(log[0])
+    assert fine["top1"] == log[-1]["top1"] and fine["top5"] == 1
+    assert fine["best_top1"] == max(line["top1"] for line in log)
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["settings"]["randaugment"] == 10 and saved["settings"]["layer_decay"] == 0.85
+    assert saved["init_sha256"] == hashlib.sha256((run / "student.pth").read_bytes()).hexdigest()
+    # The last line printed is the result, for a shell to collect; --eval finds the same.
+    capsys.readouterr()
+    finetune.main(["--eval", str(out / "model.pth"), "--data", folder, "--workers", "0"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {key: result[key] for key in ("top1", "top5")} == {
+        key: fine[key] for key in ("top1", "top5")} and result["test_images"] == 16
+
+
+def test_timm_evaluates_the_saved_model_to_the_same(run, folder, tmp_path):
+    """timm's model, Pillow and torchvision's transforms; a short run, that errors are left."""
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    out = tune(run / "student.pth", *tuning(folder, "--epochs", 1, "--blr", 0.01,
+                                            "--out", tmp_path / "a"))["out"]
+    content = torch.load(Path(out) / "model.pth", weights_only=True)
+    c = content["config"]
+    other = timm.VisionTransformer(
+        img_size=c["image_size"], patch_size=c["patch_size"], embed_dim=c["width"],
+        depth=c["depth"], num_heads=c["heads"], num_classes=c["classes"], global_pool="avg").eval()
+    other.load_state_dict(content["model"])
+    prepare = v2.Compose([v2.Resize(18, InterpolationMode.BICUBIC), v2.CenterCrop(16),
+                          v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+                          v2.Normalize(c["mean"], c["std"])])
+    val = torchvision.datasets.ImageFolder(Path(folder) / "val", transform=prepare)
+    images, labels = (torch.stack([torch.as_tensor(x) for x in part]) for part in zip(*val))
+    with torch.no_grad():
+        logits = other(images)
+    result = finetune.main(["--eval", f"{out}/model.pth", "--data", folder])
+    assert result["top1"] == (logits.argmax(1) == labels).float().mean().item()
+    assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=0.01)
+
+
+def test_others_fine_tuned_files_are_evaluated_and_probing_heads_refused(tmp_path, capsys, folder):
+    model = scramble(small_classifier(2, heads=12))
+    save({"model": under("module.model.", model.state_dict())}, tmp_path / "authors.pth.tar")
+    loaded = finetune.load_classifier(tmp_path / "authors.pth.tar")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded.logits(images), model.logits(images))
+    # A head behind `norm` reads the class token: not this classifier.
+    vit = scrambled_vit()
+    save(vit.state_dict() | {"head.weight": torch.zeros(2, vit.width),
+                             "head.bias": torch.zeros(2)}, tmp_path / "deit.pth")
+    assert load_vit(tmp_path / "deit.pth", heads=vit.config["heads"]).head == {}
+
+
+def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder, tmp_path,
+                                                               monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        stop.steps += 1
+        if stop.steps == 8:
+            raise KeyboardInterrupt
+        return train_step(*args, **kwargs)
+    stop.steps = 0
+    monkeypatch.setattr(finetune, "train_step", stop)
+    with pytest.raises(SystemExit) as end:
+        tune(run / "student.pth", *tuning(folder, "--out", tmp_path / "a", *AUGMENTED))
+    assert end.value.code == 130 and "python finetune.py --resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    resumed = finetune.main(["--resume", "--out", str(tmp_path / "a")])
+    assert equal(tuned(resumed["out"]), tuned(fine["out"])) and resumed["top1"] == fine["top1"]
+    assert without_times(log_of(resumed["out"])) == without_times(log_of(fine["out"]))
+    again = finetune.main(["--resume", "--out", str(tmp_path / "a")])            # nothing to do
+    assert again["top1"] == fine["top1"]
+    fails(["--resume", "--out", tmp_path / "a", "--mixup", 0.3], "mixup was 0.2, now 0.3", capsys,
+          finetune)
+    fails(["--resume", "--out", run], "of another program", capsys, finetune)
+    (run / "student.pth").rename(run / "moved.pth")
+    try:
+        fails(["--resume", "--out", tmp_path / "a"], "--init of this run is gone", capsys, finetune)
+        assert finetune.main(["--resume", "--out", str(tmp_path / "a"), "--init",
+                              str(run / "moved.pth")])["top1"] == fine["top1"]
+    finally:
+        (run / "moved.pth").rename(run / "student.pth")
+
+
+def test_linear_probe_resumes_in_the_same_bits(run, folder, tmp_path, monkeypatch):
+    flags = ["--data", folder, "--workers", 0, "--mode", "linear", "--epochs", 6]
+    straight = tune(run / "student.pth", *flags, "--out", tmp_path / "a")
+
+    def stop(out, parts, epoch, images):
+        if epoch == 4:                       # after its line of the log, before its checkpoint
+            raise KeyboardInterrupt
+        dmae.save_checkpoint(out, parts, epoch, images)
+    monkeypatch.setattr(finetune, "save_checkpoint", stop)
+    with pytest.raises(SystemExit):
+        tune(run / "student.pth", *flags, "--out", tmp_path / "b")
+    monkeypatch.undo()
+    resumed = finetune.main(["--resume", "--out", str(tmp_path / "b")])
+    assert without_times(log_of(straight["out"])) == without_times(log_of(resumed["out"]))
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Three classes that any features tell apart: red, green, blue, with some noise."""
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 15), ("val", 6)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = noise(16, 16, 3, seed=i) // 4
+                image[..., channel] += 190
+                Image.fromarray(image.numpy()).save(root / split / name / f"{i}.png")
+    return str(root)
+
+
+@pytest.mark.parametrize("mode", ["linear", "knn"])
+@pytest.mark.parametrize("flags", [(), ("--pool", "cls"), ("--block", "2"),
+                                   ("--block", "0")], ids=" ".join)
+def test_probes_tell_separable_features_apart(run, colours, tmp_path, mode, flags):
+    result = tune(run / "student.pth", "--data", colours, "--mode", mode, *flags,
+                  "--workers", 0, "--out", tmp_path / "a")
+    assert result["top1"] == 1 and log_of(tmp_path / "a")[-1]["top1"] == 1
+    files = {"config.json", "log.jsonl"} | ({"checkpoint.pth"} if mode == "linear" else set())
+    assert {p.name for p in (tmp_path / "a").iterdir()} == files
+
+
+def test_features_of_a_block_and_pool_by_hand(run):
+    vit, images = load_vit(run / "student.pth"), torch.randn(5, 3, 16, 16)
+    tokens = vit(images, tokens=[2])[1][2]
+    tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True,
+                                                                    unbiased=False) + 1e-5).sqrt()
+    for pool, expected in (("mean", tokens[:, 1:].mean(1)), ("cls", tokens[:, 0])):
+        found = dmae.pooled_features(vit, [images[:2], images[2:]], 2, pool)
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_constant_features_are_worth_chance(run, colours, tmp_path):
+    """The class token before the first block is the same for every image."""
+    for mode in ("linear", "knn"):
+        result = tune(run / "student.pth", "--data", colours, "--mode", mode, "--block", 0,
+                      "--pool", "cls", "--workers", 0, "--out", tmp_path / mode)
+        assert result["top1"] == pytest.approx(1 / 3)
+
+
+def test_label_fraction_is_stratified_and_seeded():
+    labels = torch.tensor([0] * 100 + [1] * 40 + [2] * 3)[torch.randperm(143)]
+    keep, again, other = (finetune.stratified(labels, 0.1, seed) for seed in (0, 0, 1))
+    assert labels[keep].bincount().tolist() == [10, 4, 1] and torch.equal(keep, keep.unique())
+    assert torch.equal(keep, again) and not torch.equal(keep, other)
+    assert torch.equal(finetune.stratified(labels, 1.0, 0), torch.arange(143))
+
+
+def test_randaugment_reaches_thirty_degrees_and_half_the_operations_are_done():
+    image, fill = noise(3, 33, 33, seed=3), 116
+    before = torch.get_rng_state()
+    for magnitude, degrees in ((10, 30), (5, 15)):
+        policy = finetune.RandAugment(magnitude, fill)
+        images = [policy(image, seed) for seed in range(400)]
+        assert all(torch.equal(images[seed], policy(image, seed)) for seed in range(5))
+        turned = [TF.rotate(image, sign * degrees, InterpolationMode.BILINEAR, fill=[fill])
+                  for sign in (1, -1)]
+        assert all(any(torch.equal(other, x) for x in images) for other in turned)
+        # None of two operations in 1/4; one is the identity, others do nothing to some images.
+        assert 0.2 < sum(torch.equal(image, x) for x in images) / 400 < 0.45
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_each_image_has_a_seed_of_its_own_for_the_policy(tmp_path, small):
+    write_images(tmp_path, *(f"{i}.png" for i in range(6)))
+    images = torch.stack([noise(3, 10, 12, seed=i) for i in range(6)])
+    row = SETS["folder"] | dict(mean=(0, 0, 0), std=(1 / 255,) * 3)
+    source = (data.SmallSet(images, torch.zeros(6), row, (8, 8)) if small
+              else image_folder(tmp_path, row=row))
+    source.policy = lambda image, seed: torch.full_like(image, seed % 251)
+
+    def found(order, epoch=0):
+        generator = torch.Generator().manual_seed(epoch)
+        parts = [source.augment(part, *source.draw(3, generator))
+                 for part in source.batches(order, epoch)]
+        return torch.cat(parts)[order.flatten().argsort()].flatten(1)
+
+    order = torch.arange(6).view(2, 3)
+    once = found(order)
+    assert (once == once[:, :1]).all() and len(once[:, 0].unique()) >= 5
+    assert torch.equal(once, found(order)) and not torch.equal(once, found(order, epoch=1))
+    if not small:                                        # by index, whoever reads it and when
+        assert torch.equal(once, found(order.flip(0, 1)))
+
+
+def test_grey_images_before_an_encoder_of_colour_ones():
+    row, images = SETS["folder"] | dict(mean=(0, 0, 0), std=(1, 1, 1)), noise(4, 1, 16, 16)
+    source = data.SmallSet(images, torch.zeros(4), row, (16, 16))
+    source.policy = finetune.RandAugment(10, 116)
+    for seed in range(30):
+        draws = source.draw(4, torch.Generator().manual_seed(seed))
+        augmented = source.augment(images, *draws)
+        assert augmented.shape == (4, 3, 16, 16) and torch.equal(augmented[:, 0], augmented[:, 2])
+    plain = next(source.plain(torch.arange(4)))
+    assert torch.allclose(plain, images.expand(-1, 3, -1, -1) / 255)
+
+
+def test_batch_augmentation_mixes_images_and_labels_alike():
+    images = torch.eye(6).view(6, 6, 1, 1).expand(6, 6, 8, 8)          # channel i is image i's
+    labels = torch.arange(6)
+
+    def augmented(step=0, **changes):
+        s = dict(seed=0, mixup=0.0, cutmix=0.0, erasing=0.0) | changes
+        return finetune.batch_augmentation(argparse.Namespace(**s), 6)(images, labels, step, 0)
+
+    assert augmented()[0] is images and augmented()[1] is labels
+    for options in (dict(mixup=1.0), dict(cutmix=1.0), dict(mixup=1.0, cutmix=1.0)):
+        mixed, targets = augmented(**options)
+        assert torch.allclose(mixed.mean(dim=(2, 3)), targets, atol=1e-6)      # shares of each
+        assert (targets > 0).sum() == 12 and torch.allclose(targets.sum(1), torch.ones(6))
+        again, other = augmented(**options)[0], augmented(step=1, **options)[0]
+        assert torch.equal(mixed, again) and not torch.equal(mixed, other)
+    erased = [augmented(step, erasing=0.5)[0] for step in range(40)]
+    share = torch.stack([(x != images).flatten(1).any(1).float().mean() for x in erased]).mean()
+    assert 0.4 < share < 0.6
+
+
+def test_micro_batches_tune_to_the_same(fine, run, folder, tmp_path):
+    pieces = tune(run / "student.pth", *tuning(folder, "--out", tmp_path / "a", *AUGMENTED),
+                  "--micro-batch", 3)
+    a, b = tuned(pieces["out"]), tuned(fine["out"])
+    assert not equal(a, b) and log_of(pieces["out"])[-1]["loss"] == pytest.approx(
+        log_of(fine["out"])[-1]["loss"], rel=1e-3)
+
+
+def settings_of(result):
+    return json.loads((Path(result["out"]) / "config.json").read_text())["settings"]
+
+
+def grid_of(result):
+    return load_vit(Path(result["out"]) / "model.pth").grid
+
+
+# Every flag, with what must be seen of it in the result, the log or the weights.
+TUNING_FLAGS = {
+    "--image-size 24": lambda r: grid_of(r) == (6, 6),
+    "--label-fraction 0.25": lambda r: r["train_images"] == 10 and log_of(r["out"])[0]["step"] == 1,
+    "--keep-blocks 0": lambda r: r["keep_blocks"] == 0 and not as_fine(r),
+    "--freeze-blocks 4": lambda r: r["freeze_blocks"] == 4 and not as_fine(r),
+    "--recipe transfer --warmup-epochs 1": lambda r: settings_of(r)["layer_decay"] == 0.75
+        and settings_of(r)["clip"] == 1 and settings_of(r)["randaugment"] == 0,
+    "--optimizer sgd": lambda r: not as_fine(r),
+    "--warmup-epochs 2": lambda r: log_of(r["out"])[1]["lr"] == pytest.approx(0.9 * 0.1 / 32),
+    "--end-lr 0.01": lambda r: log_of(r["out"])[1]["lr"] > 0.003125,
+    "--weight-decay 0.5": lambda r: not as_fine(r),
+    "--layer-decay 0.5": lambda r: not as_fine(r),
+    "--clip 0.1": lambda r: not as_fine(r),
+    "--crop-scale 0.9": lambda r: not as_fine(r),
+    "--randaugment 0": lambda r: not as_fine(r),
+    "--mixup 0": lambda r: not as_fine(r),
+    "--cutmix 0": lambda r: not as_fine(r),
+    "--erasing 0": lambda r: not as_fine(r),
+    "--smoothing 0": lambda r: not as_fine(r),
+    "--eval-every 3": lambda r: ["top1" in line for line in log_of(r["out"])] == [False, True],
+    "--seed 4": lambda r: r["seed"] == 4 and not as_fine(r),
+    "--workers 1": lambda r: as_fine(r),
+    "--device cpu --amp off --no-compile": lambda r: as_fine(r),
+    "--amp bf16": lambda r: not as_fine(r) and log_of(r["out"])[1]["loss"] == pytest.approx(
+        log_of(FINE[0]["out"])[1]["loss"], rel=0.02),
+    "--compile": lambda r: log_of(r["out"])[1]["loss"] == pytest.approx(
+        log_of(FINE[0]["out"])[1]["loss"], rel=1e-3),
+    "--data-dir elsewhere --overwrite": lambda r: as_fine(r),
+    "--blr 0 --end-lr 0": lambda r: log_of(r["out"])[1]["lr"] == 0,
+}
+FINE = []                             # the result of the finished run, once there is one
+
+
+def as_fine(result):
+    return equal(tuned(result["out"]), tuned(FINE[0]["out"]))
+
+
+@pytest.mark.parametrize("flags", TUNING_FLAGS)
+def test_tuning_flag(flags, fine, run, folder, tmp_path):
+    FINE[:] = [fine]
+    assert TUNING_FLAGS[flags](tune(run / "student.pth", *tuning(
+        folder, *AUGMENTED, *flags.split(), "--out", tmp_path / "a")))
+
+
+def test_no_tuning_flag_is_left_untested_and_each_has_its_help():
+    tested = set(" ".join(TUNING_FLAGS).split()) | {
+        "--help", "--init", "--eval", "--data", "--out", "--resume", "--mode", "--epochs",
+        "--batch-size", "--micro-batch", "--pool", "--block"} | {
+        "--bank", "--model", "--patch-size"}                                     # just below
+    actions = finetune.make_parser()._actions
+    assert {action.option_strings[0] for action in actions} - {"-h"} <= tested
+    assert all(len(action.help) > 15 for action in actions)
+
+
+def test_probes_are_the_work_of_one_process(run, folder, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(["--init", run / "student.pth", "--data", folder, "--mode", "knn"],
+          "without torchrun", capsys, finetune)
+
+
+def test_from_scratch_and_the_bank(folder, tmp_path):
+    result = tune("none", *tuning(folder, "--model", "nano", "--image-size", 24, "--patch-size", 8,
+                                  "--epochs", 1, "--out", tmp_path / "a"))
+    assert grid_of(result) == (3, 3) and settings_of(result)["layer_decay"] == 1
+    for bank in (1, 40):
+        result = tune("none", "--data", folder, "--mode", "knn", "--model", "nano", "--image-size",
+                      16, "--patch-size", 4, "--bank", bank, "--out", tmp_path / str(bank))
+        assert (result["top1"] == 0.5) == (bank == 1)      # one neighbour: all of its class
+
+
+@pytest.mark.parametrize("flags, words", [
+    bad("--init is missing.*FILE.*none.*--eval", "--data", "{folder}"),
+    bad("holds no plain ViT", "--init", "{file}"), bad("no file", "--init", "no.pth"),
+    bad("train/CLASS/.*val/CLASS/", "--init", "{student}", "--data", "{unlabelled}"),
+    bad("neither a folder nor one of", "--init", "{student}", "--data", "petz"),
+    bad("blocks 1 to 4", "--init", "{student}", "--keep-blocks", "5"),
+    bad("blocks 1 to 4", "--init", "{student}", "--freeze-blocks", "-1"),
+    bad("blocks 1 to 4", "--init", "{student}", "--mode", "knn", "--block", "5"),
+    bad("only the 1 blocks", "--init", "{student}", "--keep-blocks", "1", "--freeze-blocks", "2"),
+    bad("--keep-blocks has no meaning", "--init", "none", "--keep-blocks", "1"),
+    bad("--model has no meaning", "--init", "{student}", "--model", "nano"),
+    bad("--bank has no meaning", "--init", "{student}", "--bank", "5"),
+    bad("--mixup has no meaning", "--init", "{student}", "--mode", "linear", "--mixup", "1"),
+    bad("--epochs has no meaning", "--init", "{student}", "--mode", "knn", "--epochs", "1"),
+    bad("multiple of the encoder's patch", "--init", "{student}", "--image-size", "30"),
+    bad("0 to 10", "--init", "{student}", "--randaugment", "11"),
+    bad("0 to 0.99", "--init", "{student}", "--smoothing", "1"),
+    bad("0 to 1", "--init", "{student}", "--layer-decay", "nan"),
+    bad("from 1", "--init", "{student}", "--epochs", "0"),
+    bad("from 1", "--init", "{student}", "--eval-every", "0"),
+    bad("label-fraction", "--init", "{student}", "--label-fraction", "0"),
+    bad("crop-scale", "--init", "{student}", "--crop-scale", "2"),
+    bad("warmup-epochs 9", "--init", "{student}", "--epochs", "2", "--warmup-epochs", "9"),
+    bad("choose from", "--init", "{student}", "--mode", "teach"),
+    bad("choose from", "--init", "none", "--model", "giant"),
+    bad("grey images", "--init", "{grey}"), bad("unrecognized", "--lr", "1"),
+    bad("has no meaning with --eval", "--eval", "{student}", "--seed", "1"),
+    bad("holds no classifier", "--eval", "{student}"),
+    bad("tells 2 classes apart, .* has 3", "--eval", "{model}", "--data", "{colours}"),
+    bad("holds a run .config.json.*--overwrite", "--init", "{student}", "--out", "{run}"),
+    bad("would delete", "--init", "{model}", "--out", "{fine}", "--overwrite"),
+    bad("inside the data", "--init", "{student}", "--out", "{folder}/train/runs"),
+    bad("--resume needs --out", "--resume"),
+    bad("--device", "--init", "{student}", "--device", "toaster")])
+def test_bad_tuning_input_is_one_line(flags, words, run, fine, folder, colours, tmp_path, capsys,
+                                      monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path, "unlabelled/0.png", "unlabelled/1.png")
+    save({"model": {"x": torch.zeros(2)}}, tmp_path / "file")
+    save_student(tmp_path / "grey.pth", MAE(small_vit(channels=1, mean=(0.5,), std=(0.5,))))
+    places = dict(folder=folder, colours=colours, unlabelled="unlabelled", file="file", run=run,
+                  grey="grey.pth", student=run / "student.pth", fine=fine["out"],
+                  model=Path(fine["out"]) / "model.pth")
+    flags = [flag.format(**places) for flag in flags]
+    if "--data" not in flags and "--resume" not in flags:
+        flags += ["--data", folder]
+    before = {p: p.read_bytes() for p in Path(fine["out"]).iterdir()}
+    fails(flags, words, capsys, finetune)
+    assert {p: p.read_bytes() for p in Path(fine["out"]).iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "grey.pth", "unlabelled"]
+
+
 # =================================================================================== real processes
 
 
-def start(*argv, module=(), **options):
-    script = str(Path(dmae.__file__))
+def start(*argv, module=(), program=dmae, **options):
+    script = str(Path(program.__file__))
     return subprocess.Popen([sys.executable, *module, script, *map(str, argv)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
@@ -1373,13 +1911,15 @@ def test_process_killed_and_resumed(folder, teacher, tmp_path):
     assert without_times(log_of(resumed)) == without_times(log_of(straight))
 
 
-def test_process_two_under_torchrun(run, folder, teacher, tmp_path):
-    def torchrun(*argv):
-        process = start(*argv, module=("-m", "torch.distributed.run", "--nproc_per_node=2",
-                                       "--master_port=0", "--standalone"))
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+def torchrun(*argv, program=dmae):
+    process = start(*argv, program=program, module=(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"))
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output
 
+
+def test_process_two_under_torchrun(run, folder, teacher, tmp_path):
     # The second process has nothing to save: it must wait for the teacher that the first one does.
     torchrun("--epochs", 0, "--train-images", 64, "--out", tmp_path / "self")
     assert weights(tmp_path / "self")["mixers.4:4"].shape == (6, 4)
@@ -1390,3 +1930,19 @@ def test_process_two_under_torchrun(run, folder, teacher, tmp_path):
         assert one["knn"] == pytest.approx(two["knn"], abs=0.13)           # 16 images: two of them
         if one["epoch"]:
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def test_process_two_fine_tune_under_torchrun(run, folder, tmp_path):
+    """With a test set that does not divide among them."""
+    images = tmp_path / "images"
+    shutil.copytree(folder, images)
+    (images / "val" / "down" / "0.png").unlink()
+    flags = tuning(images, "--mixup", 0, "--erasing", 0.5, "--blr", 0.1, "--micro-batch", 3)
+    one = tune(run / "student.pth", *flags, "--out", tmp_path / "one")
+    output = torchrun("--init", run / "student.pth", *flags, "--out", tmp_path / "two",
+                      program=finetune)
+    two = json.loads(output.splitlines()[-1])
+    assert two["top1"] == pytest.approx(one["top1"], abs=1 / 15)
+    for a, b in zip(log_of(one["out"]), log_of(two["out"])):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert b["test_loss"] == pytest.approx(a["test_loss"], rel=1e-3)
