@@ -23,7 +23,6 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -253,7 +252,9 @@ class Files(torch.utils.data.Dataset):
     policy = None
 
     def __init__(self, paths, labels, classes, root, row, size, device="cpu", workers=0, seed=0):
-        self.paths, self.labels, self.classes, self.root = paths, labels, classes, Path(root)
+        self.paths, self.classes, self.root = paths, classes, Path(root)
+        self.listed = labels
+        self.labels = None if labels is None else labels.clone()     # of what is read in its place
         self.size, self.min_scale = list(size), row["crop_scale"]
         self.device, self.workers, self.seed = device, workers, seed
         self.normalise = Normalise(row["mean"], row["std"], device)
@@ -266,10 +267,13 @@ class Files(torch.utils.data.Dataset):
 
     def subset(self, indices):
         self.paths = [self.paths[i] for i in indices.tolist()]
-        self.labels = self.labels[indices] if self.labels is not None else None
+        if self.listed is not None:
+            self.listed = self.listed[indices]
+            self.labels = self.listed.clone()
 
     def __getitem__(self, key):
-        """key (epoch, index) -> uint8 (3, H, W), [(index, reason) of broken files]."""
+        """key (epoch, index) -> uint8 (3, H, W), [(path, reason) of broken files], and the index
+        of the file that was read."""
         epoch, index = key
         broken = []
         for shift in range(len(self.paths)):
@@ -278,13 +282,13 @@ class Files(torch.utils.data.Dataset):
                 image = read_image(self.paths[place])
                 break
             except OSError as error:
-                broken.append((place, str(error)))
+                broken.append((self.paths[place], str(error)))
                 if len(broken) > 0.01 * len(self.paths):
-                    return torch.zeros(3, *self.size, dtype=torch.uint8), broken
+                    return torch.zeros(3, *self.size, dtype=torch.uint8), broken, place
         if epoch is None:                                       # evaluation: resize, centre crop
             short = round(max(self.size) * 256 / 224)
             image = TF.resize(image, [short], InterpolationMode.BICUBIC, antialias=True)
-            return TF.center_crop(image, self.size), broken
+            return TF.center_crop(image, self.size), broken, place
         # The crop depends on seed, epoch and index alone, whatever worker makes it.
         generator = torch.Generator().manual_seed(mix(self.seed, 2, epoch, index))
         box = crop_boxes(1, *image.shape[1:], self.min_scale, generator)[0].tolist()
@@ -293,23 +297,23 @@ class Files(torch.utils.data.Dataset):
         image = TF.resized_crop(image, *box, self.size, kind, antialias=True)
         if self.policy is not None:
             image = self.policy(image, mix(self.seed, 3, epoch, index))
-        return image, broken
+        return image, broken, place
 
     def _load(self, keys):
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
             pin_memory=torch.device(self.device).type == "cuda")
-        for images, broken in loader:
-            for index, reason in reversed(broken):     # of several in a row, the last comes first
-                if self.labels is not None:
-                    self.labels[index] = self.labels[(index + 1) % len(self.paths)]
-                if self.paths[index] not in self.broken:
-                    self.broken.add(self.paths[index])
+        for batch, (images, broken, read) in zip(keys, loader):
+            for path, reason in broken:
+                if path not in self.broken:
+                    self.broken.add(path)
                     print(f"broken image, replaced by the next one: {reason}", flush=True)
                 if len(self.broken) > 0.01 * len(self.paths):
                     raise InputError(
                         f"{len(self.broken)} of {len(self.paths)} images in {self.root} cannot be "
                         f"read, more than 1 %, e.g. {min(self.broken)}: repair or remove them")
+            if self.labels is not None:        # of the image that was read
+                self.labels[[index for _, index in batch]] = self.listed[read]
             yield images.to(self.device, non_blocking=True)
 
     def draw(self, b, generator):
@@ -328,8 +332,9 @@ class Files(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """[(image, broken)] -> images (b, 3, H, W), all broken ones."""
-    return torch.stack([image for image, _ in samples]), [b for _, bad in samples for b in bad]
+    """[(image, broken, place)] -> images (b, 3, H, W), all broken ones, places (b,)."""
+    images, broken, places = zip(*samples)
+    return torch.stack(images), [pair for pairs in broken for pair in pairs], torch.tensor(places)
 
 
 def mix(*numbers):
@@ -357,6 +362,10 @@ def open_data(name, row, size, data_dir="data", train_images=None, device="cpu",
     if name in PHOTOS:
         train, test = (Files(*photos(name, data_dir, part), Path(data_dir), **reading)
                        for part in (True, False))
+        for path in (train.paths[0], test.paths[0]):
+            if not os.path.exists(path):
+                raise InputError(f"--data {name}: it lists {path}, which is not there: put "
+                                 f"{PHOTOS[name][2]} into {data_dir} (--data-dir)")
     elif name in SETS and name != "folder":
         if name == "shapes":
             parts = draw_shapes(20_000, seed=1), draw_shapes(2_000, seed=2)
@@ -419,11 +428,11 @@ def found_or_downloaded(name, files, data_dir):
     """Whatever goes wrong within is said in one line, with the files that would mend it."""
     try:
         yield
-    # OSError holds the network's errors; the rest is how damaged files show.
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError, EOFError,
-            pickle.UnpicklingError, zlib.error) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--data {name}: not found, nor downloaded ({reason[:160]}): "
+    # Damaged archives and lists fail in whatever way their readers stumble: tarfile, pickle, scipy
+    # and http have exceptions of their own, with no ancestor in common.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"--data {name}: cannot be read or downloaded ({reason[:160]}): "
                          f"put {files} into {data_dir} (--data-dir)") from error
 
 
@@ -461,7 +470,8 @@ def photos(name, data_dir, train):
             return list(paths), torch.tensor(labels), part.classes
         # iNaturalist 2018: torchvision has its images, but not the split of the competition.
         root = Path(data_dir) / "inat18"
-        part = json.loads((root / f"{'train' if train else 'val'}2018.json").read_text())
+        file = root / f"{'train' if train else 'val'}2018.json"
+        part = json.loads(file.read_text(encoding="utf-8"))
         categories = sorted(part["categories"], key=lambda category: category["id"])
         number = {category["id"]: i for i, category in enumerate(categories)}
         label = {a["image_id"]: number[a["category_id"]] for a in part["annotations"]}
