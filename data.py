@@ -327,7 +327,8 @@ class Files(torch.utils.data.Dataset):
         return self.normalise(images)
 
     def plain(self, indices, batch=100):
-        for images in self._load([[(None, i) for i in p.tolist()] for p in indices.split(batch)]):
+        parts = [part.tolist() for part in indices.split(batch) if len(part)]
+        for images in self._load([[(None, i) for i in part] for part in parts]):
             yield self.normalise(images)
 
 

@@ -21,6 +21,7 @@ A mask holds 1 where a patch is hidden. Blocks count from 1, as in the paper.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -491,7 +492,7 @@ def read_weights(path):
         raise InputError(f"{path} is a folder: name the file of weights in it")
     if not path.exists():
         raise InputError(
-            f"no file {path}; the usual teacher is "
+            f"no file {path}; the usual teacher, a ViT-Base by MAE, is "
             "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth")
     damaged = InputError(f"{path} cannot be read as weights, it may be truncated: fetch it again")
     if path.suffix == ".safetensors":
@@ -530,13 +531,17 @@ def load_vit(path, heads=None):
 
     A caller who contradicts 1 to 3 is refused. `description` of the result says what was read;
     `head` holds the tensors of a classifier on the mean of its patches, fc_norm and head, if the
-    file is one's (its fc_norm is also the result's `norm`), else nothing.
+    file is one's (its fc_norm is also the result's `norm`), else nothing; `classes` their names, if
+    our own file says them, else None.
     Raises InputError with the reason for anything that is no plain ViT: every tensor must be one
     of the encoder's, or of a kind known to be unused."""
     path, heads = split_heads(path, heads)
     content = read_weights(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no state dict, but a {type(content).__name__}")
+    if {"images", "optimizer"} <= content.keys():
+        raise InputError(f"{path} is a checkpoint to resume from: give the student.pth or "
+                         "model.pth beside it, which knows its heads and images")
     container = next((k for k in CONTAINERS if isinstance(content.get(k), dict)), None)
 
     # 1. Names: strip prefixes, rename, sort out what is not the encoder's.
@@ -635,7 +640,7 @@ def load_vit(path, heads=None):
         raise InputError(f"{path} ({layout}) holds no plain ViT: {wrong[0]}"
                          + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
     vit.load_state_dict(state)
-    vit.head = head
+    vit.head, vit.classes = head, own.get("classes")
     vit.description = (
         f"ViT {width} wide, {depth} blocks, {config['heads']} heads, patch {patch_size}, "
         f"grid {vit.grid[0]}x{vit.grid[1]}, from {path.name} ({layout})"
@@ -784,7 +789,8 @@ def resolve(given, settings):
         4. DEFAULTS, and what the machine has
     """
     if given.get("resume"):
-        settings.update(settings_of_the_run(given, "teacher"))
+        settings.update(settings_of_the_run(
+            given, "teacher", DEFAULTS.keys() | SETS["folder"].keys() | {"teacher"}))
         check(settings)
         return open_teacher(settings)
 
@@ -795,7 +801,7 @@ def resolve(given, settings):
                              "self (pre-train one first)")
         teacher = "self"
     mine = RUN_FILES + (("teacher/config.json",) if teacher == "self" else ())
-    check_vacant(given, mine, teacher)
+    check_vacant(given, mine, "teacher")
     if teacher == "none" and (useless := [f"--{key}" for key in DISTILLING if key in given]):
         raise InputError(f"{useless[0]} is about a teacher: not with --teacher none")
 
@@ -813,10 +819,11 @@ def resolve(given, settings):
     return vit
 
 
-def settings_of_the_run(given, source):
+def settings_of_the_run(given, source, needed):
     """With --resume: the settings of the run in --out, and what of `given` may differ from them.
 
-    source: the flag, "teacher" or "init", whose file the run has kept a hash of."""
+    source: the flag, "teacher" or "init", whose file the run has kept a hash of; it tells this
+    program's runs from others. needed: settings that there must be."""
     out = Path(given.get("out", ""))
     if given.get("overwrite"):
         raise InputError("--resume and --overwrite exclude each other")
@@ -824,12 +831,17 @@ def settings_of_the_run(given, source):
         raise InputError("--resume needs --out, the folder of a run (one with a config.json)")
     try:
         saved = json.loads((out / "config.json").read_text())
-        before, sha256 = saved["settings"], saved[f"{source}_sha256"]
-        settings = before | given
-        file = None if settings[source] in ("none", "self") else settings[source]
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{out}/config.json is damaged, or of another program: restore it, or "
-                         "start anew with --overwrite") from error
+        before, settings = saved["settings"], saved["settings"] | given
+        other, sha256 = of_another_program(saved, source), saved.get(f"{source}_sha256")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{out}/config.json is damaged: restore it, or start anew with "
+                         "--overwrite") from error
+    if other:
+        raise InputError(f"--out {out} holds a run of another program: resume it with that")
+    if missing := needed - before.keys():
+        raise InputError(f"{out}/config.json is damaged, {min(missing)} is not in it: restore it, "
+                         "or start anew with --overwrite")
+    file = None if settings[source] in ("none", "self") else settings[source]
     # Files and folders may have moved; a hash and the number of images tell others apart.
     free = set(FREE)
     if not {before.get("data"), settings.get("data")} & SETS.keys():
@@ -849,18 +861,29 @@ def settings_of_the_run(given, source):
     return settings
 
 
+def of_another_program(saved, source):
+    """Whether a config.json belongs to a run that starts from something else than --source."""
+    return isinstance(saved, dict) and f"{source}_sha256" not in saved and any(
+        key.endswith("_sha256") for key in saved)
+
+
 def check_vacant(given, names, source):
-    """Raise InputError if --out holds any of the files `names`, and was not given up for them, or
-    if `source`, a file to start from, is one of them."""
+    """Raise InputError if --out holds any of the files `names`, and was not given up for them; if
+    the file that the flag `source` names is one of them; or if another program's run is there."""
     if given.get("out") == "":
         raise InputError("--out is empty: name a folder")
     out = Path(given["out"]) if "out" in given else None
     held = [out / name for name in names if (out / name).exists()] if out is not None else []
+    saved = None
+    with contextlib.suppress(OSError, ValueError):             # there is none, or it is damaged
+        saved = json.loads((out / "config.json").read_text()) if held else None
+    if of_another_program(saved, source):
+        raise InputError(f"--out {out} holds a run of another program: name another folder")
     if held and not given.get("overwrite"):
         raise InputError(f"--out {out} holds a run ({held[0].relative_to(out)}): add --resume to "
                          "go on with it or --overwrite to replace it, or name another folder")
-    if split_heads(source)[0].resolve() in [path.resolve() for path in held]:
-        raise InputError(f"--overwrite would delete {source}: name another --out")
+    if split_heads(given.get(source, "none"))[0].resolve() in [path.resolve() for path in held]:
+        raise InputError(f"--overwrite would delete {given[source]}: name another --out")
 
 
 def check(settings):
@@ -869,8 +892,8 @@ def check(settings):
     for key, least in dict(
             epochs=0, warmup_epochs=0, batch_size=1, micro_batch=1, blr=0, alpha=0, weight_decay=0,
             workers=0, seed=0).items():
-        value = settings.get(key)
-        if value is not None and not least <= value < 2**63:                # nor is nan
+        value, most = settings.get(key), 1000 if key == "workers" else 2**63 - 1
+        if value is not None and not least <= value <= most:                # nor is nan
             raise InputError(f"--{key.replace('_', '-')} {value}: must be a number from {least} up")
     if settings.get("warmup_epochs", 0) > settings.get("epochs", 0):
         raise InputError(f"--warmup-epochs {settings['warmup_epochs']}: more than the "
@@ -1091,7 +1114,7 @@ def pretrain(settings, teacher):
     steps = len(train) // s.batch_size
     if not steps:
         raise InputError(f"--batch-size {s.batch_size}: more than the {len(train)} training images")
-    check_outside(settings, train)
+    check_outside(settings, train, test)
     out = settings["out"] = s.out = open_folder(settings, "teacher", RUN_FILES)
 
     if s.teacher == "self":
@@ -1245,8 +1268,8 @@ def pooled_features(encoder, batches, block=None, pool="mean"):
 
 
 class KNN:
-    """Accuracy of any features on fixed samples of the training images, the bank, and the test
-    images; None: all of them."""
+    """Accuracy of any features on samples of the training images, the bank, and the test images,
+    the same ones for every seed; None: all of them."""
 
     def __init__(self, train, test, bank=10_000, queries=2_000):
         def sample(source, count):
@@ -1262,13 +1285,13 @@ class KNN:
         return knn_top1(bank, labels[0], query, labels[1])
 
 
-def check_outside(settings, train):
+def check_outside(settings, *sources):
     """Raise InputError if the run's folder would lie among a folder's images."""
     out = Path(settings.get("out", "runs"))
-    if settings["data"] not in SETS and train.root.resolve() in (
-            out.resolve(), *out.resolve().parents):
-        raise InputError(f"--out {out} is inside the data, {train.root}: its pictures would be "
-                         "trained on; name a folder elsewhere")
+    for source in sources if settings["data"] not in SETS else ():
+        if source is not None and source.root.resolve() in (out.resolve(), *out.resolve().parents):
+            raise InputError(f"--out {out} is inside the data, {source.root}: name a folder "
+                             "elsewhere, that what is written does not mix with the images")
 
 
 def open_folder(settings, source, names):
@@ -1312,14 +1335,15 @@ def record(out, log, line):
         json.dumps(x) + "\n" for x in log)))
 
 
-def save_checkpoint(out, parts, epoch, images):
-    """All that `load_checkpoint` needs. parts: name -> what has a state_dict."""
+def save_checkpoint(out, parts, epoch, images, classes=None):
+    """All that `load_checkpoint` needs. parts: name -> what has a state_dict. images, classes: of
+    the training set, how many and which; others are refused."""
     content = {name: part.state_dict() for name, part in parts.items()}
-    content |= dict(epoch=epoch, images=images)
+    content |= dict(epoch=epoch, images=images, classes=classes)
     write(out / "checkpoint.pth", lambda path: torch.save(content, path))
 
 
-def load_checkpoint(out, parts, images):
+def load_checkpoint(out, parts, images, classes=None):
     """Restore `parts` from the run in `out`: (epochs done, lines of the log up to there)."""
     path = out / "checkpoint.pth"
     if not path.exists():
@@ -1338,14 +1362,22 @@ def load_checkpoint(out, parts, images):
     if saved["images"] != images:
         raise InputError(f"the run in {out} had {saved['images']} training images, now there are "
                          f"{images}: restore them, or start anew in another --out")
+    if saved.get("classes") != classes:
+        raise InputError(f"the run in {out} had other classes: restore their names, or start anew "
+                         "in another --out")
     return saved["epoch"], log
 
 
 def write(path, save):
     """save(a temporary name), then rename: a file is there as a whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    os.replace(temporary, path)
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except RuntimeError as error:                # torch.save, where the file system has refused
+        raise OSError(errno.EIO, "cannot be written, is the disk full?", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_student(path, model):
@@ -1357,14 +1389,17 @@ def save_student(path, model):
         return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
     decoder = {n: t for n, t in mae.state_dict().items() if not n.startswith("encoder.")}
+    config = mae.encoder.config | mae.config
+    if isinstance(model, DMAE):
+        config |= dict(match=model.match)
     content = dict(model=plain(mae.encoder.state_dict()), decoder=plain(decoder),
-                   mixers=plain(mixers), config=mae.encoder.config | mae.config)
+                   mixers=plain(mixers), config=config)
     write(path, lambda temporary: torch.save(content, temporary))
 
 
 @torch.no_grad()
-def reconstruction_picture(student, images, path):
-    """A row per image: it, its visible patches, the prediction, and both of these together.
+def reconstructions(student, images):
+    """Images (b, c, H, W), their visible patches, the prediction, and both of these together.
 
     A prediction of normalised patches has no brightness and contrast of its own: it is shown with
     each patch's true mean and deviation."""
@@ -1380,7 +1415,12 @@ def reconstruction_picture(student, images, path):
     hidden = torch.ones_like(patches[..., :1]).scatter(1, ids_keep[..., None], 0)     # b n 1
     visible = patches * (1 - hidden)
     panels = [patches, visible, prediction, visible + prediction * hidden]
-    panels = [as_rgb(student.encoder, student.encoder.unpatchify(panel)) for panel in panels]
+    return [student.encoder.unpatchify(panel) for panel in panels]
+
+
+def reconstruction_picture(student, images, path):
+    """A row per image: it, its visible patches, the prediction, and both of these together."""
+    panels = [as_rgb(student.encoder, panel) for panel in reconstructions(student, images)]
     save_grid(torch.stack(panels, dim=1).flatten(0, 1), path, columns=4)
 
 

@@ -42,20 +42,21 @@ RECIPES = {
         optimizer="sgd", epochs=100, warmup_epochs=20, batch_size=512, blr=0.015, end_lr=1e-6,
         weight_decay=0.0, layer_decay=0.75, clip=1.0, crop_scale=0.08, randaugment=0, mixup=0.0,
         cutmix=0.0, erasing=0.0, smoothing=0.0),
-    "linear": dict(                                                                # ours
+    "small": dict(                                          # ours, for the small sets, as is this:
+        optimizer="adamw", epochs=3, warmup_epochs=0.5, batch_size=128, blr=4e-3, end_lr=1e-6,
+        weight_decay=0.05, layer_decay=0.85, clip=0.0, crop_scale=0.5, randaugment=0, mixup=0.0,
+        cutmix=0.0, erasing=0.0, smoothing=0.0),
+    "linear": dict(
         optimizer="sgd", epochs=100, warmup_epochs=10, batch_size=512, blr=0.3, end_lr=0.0,
         weight_decay=0.0, clip=0.0, smoothing=0.0),
 }
-# Which of them a data set gets, and what is different for it. The paper gives no length for the
-# transfer sets but CIFAR-100: 100 epochs are ours; so is all that is said of the small sets.
-SIZED = {
-    "folder": ("imagenet", {}),
+# Which of them a data set gets, and what is different for it; a folder gets ImageNet's. The paper
+# gives no length for the transfer sets but CIFAR-100: 100 epochs are ours.
+RECIPE_OF = {
     **{name: ("transfer", {}) for name in PHOTOS},
-    "cifar100": ("transfer", dict(epochs=50, warmup_epochs=10, blr=0.05)),
-    "cifar10": ("transfer", dict(epochs=50, warmup_epochs=10, blr=0.05)),
-    **{name: ("imagenet", dict(epochs=3, warmup_epochs=0.5, batch_size=128, blr=4e-3,
-                               crop_scale=0.5, randaugment=0, mixup=0.0))
-       for name in ("fashion-mnist", "shapes")},
+    **{name: ("transfer", dict(epochs=50, warmup_epochs=10, blr=0.05))
+       for name in ("cifar100", "cifar10")},
+    **{name: ("small", {}) for name in ("fashion-mnist", "shapes")},
 }
 # What a run leaves in its folder; nothing else is ever overwritten.
 RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "model.pth")
@@ -149,7 +150,9 @@ def new_classifier(vit, classes, s):
     and what lies before them, as they are."""
     torch.manual_seed(s.seed)
     model = Classifier(classes, **vit.config)
-    kept = {"none": -1}.get(s.init, model.depth if s.keep_blocks is None else s.keep_blocks)
+    kept = model.depth if s.keep_blocks is None else s.keep_blocks
+    if s.init == "none":
+        kept = -1                                                   # not even what lies below
     given = {name: tensor for name, tensor in vit.state_dict().items()
              if not name.startswith("norm.") and layer_of(name, model.depth) <= kept}
     model.load_state_dict(model.state_dict() | given)
@@ -164,7 +167,7 @@ def new_classifier(vit, classes, s):
 
 def load_classifier(path):
     """A fine-tuned model from a file: ours, or any that `load_vit` reads and that has fc_norm and
-    head. Raises InputError for others."""
+    head. `classes` of the result: their names, or None. Raises InputError for other files."""
     vit = load_vit(path)
     head = vit.head
     if head.keys() != {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}:
@@ -176,6 +179,7 @@ def load_classifier(path):
     model = Classifier(classes, **vit.config)
     model.load_state_dict(head | {
         name: tensor for name, tensor in vit.state_dict().items() if not name.startswith("norm.")})
+    model.classes = vit.classes
     return model
 
 
@@ -239,10 +243,10 @@ def stratified(labels, fraction, seed):
 class Features:
     """Features computed once, in the place of images: the interface of SmallSet and Files."""
 
-    broken = ()
-
-    def __init__(self, features, labels):
-        self.features, self.labels = features, labels
+    def __init__(self, features, source):
+        """features (N, c); source: what they are of, already read."""
+        self.features, self.labels = features, source.labels
+        self.classes, self.broken = source.classes, source.broken
 
     def __len__(self):
         return len(self.features)
@@ -282,9 +286,13 @@ def evaluate(classifier, test, autocast, device):
 
 # ===================================================================================== command line
 
-# Flags that make sense in every mode, and in some; others are refused.
+# Flags that make sense in every mode, and those that do in some; others are refused.
 COMMON = {"init", "data", "data_dir", "mode", "model", "image_size", "patch_size",
           "label_fraction", "seed", "workers", "device", "amp", "out", "overwrite"}
+DEFAULTS = dict(
+    data="shapes", data_dir="data", image_size=None, label_fraction=1.0, seed=0,
+    workers=min(8, os.cpu_count() or 1), eval_every=1, micro_batch=None, block=None, pool="mean",
+    bank=None, keep_blocks=None, freeze_blocks=None, resume=False, overwrite=False)
 MODES = {
     "finetune": {*RECIPES["imagenet"], "recipe", "keep_blocks", "freeze_blocks", "eval_every",
                  "micro_batch", "compile"},
@@ -297,7 +305,7 @@ def make_parser():
     parser = Parser(
         prog="finetune.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Fine-tune, probe or evaluate a pre-trained encoder.",
-        epilog="[recipe]: from RECIPES and SIZED in finetune.py, printed at the start.")
+        epilog="[recipe]: from RECIPES in finetune.py, printed at the start.")
     add = parser.add_argument
     add("--init", metavar="FILE", help="what to start from: weights of a ViT, x.pth or x.pth:3 to "
         "give its heads; none: chance, a control")
@@ -321,8 +329,8 @@ def make_parser():
         "K; MAE's are often best before the last [the last]")
     add("--pool", choices=("mean", "cls"), help="of patch tokens, or the class token [mean]")
     add("--bank", type=int, metavar="N", help="training images that k-NN looks among [all]")
-    add("--recipe", choices=("imagenet", "transfer"), help="AdamW with strong augmentation, or "
-        "SGD with crops and flips [by data set]")
+    add("--recipe", choices=("imagenet", "transfer", "small"), help="AdamW with strong "
+        "augmentation; SGD with crops and flips; AdamW with these [by data set]")
     add("--optimizer", choices=("adamw", "sgd"), help="sgd has Nesterov momentum 0.9 [recipe]")
     add("--epochs", type=int, metavar="N", help="passes over the labelled images [recipe]")
     add("--warmup-epochs", type=float, metavar="X", help="of linear warm-up [the recipe's share of "
@@ -369,7 +377,7 @@ def resolve(given, settings):
         4. for --init none, the data set's row of SETS, as in dmae.py
     """
     if given.get("resume"):
-        settings.update(settings_of_the_run(given, "init"))
+        settings.update(settings_of_the_run(given, "init", DEFAULTS.keys() | {"init", "mode"}))
         check_numbers(settings)
         return open_encoder(settings)
 
@@ -379,28 +387,23 @@ def resolve(given, settings):
                          "--eval FILE to evaluate a fine-tuned model")
     if useless := sorted(given.keys() - COMMON - MODES[mode]):
         raise InputError(f"{flag(useless[0])} has no meaning with --mode {mode}: leave it out")
-    if mode != "finetune" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"--mode {mode} is the work of one process: start it without torchrun")
     scratch = init == "none"
     for key in ("keep_blocks", "freeze_blocks") if scratch else ("model", "patch_size"):
         if key in given:
             raise InputError(f"{flag(key)} has no meaning with --init {init}: leave it out")
-    check_vacant(given, RUN_FILES, init)
+    check_vacant(given, RUN_FILES, "init")
 
-    recipe, changes = SIZED.get(name, SIZED["folder"])
+    recipe, changes = RECIPE_OF.get(name, ("imagenet", {}))
     if mode != "finetune":
         recipe, changes = mode, {}
     elif given.get("recipe", recipe) != recipe:
         recipe, changes = given["recipe"], {}
-    values = RECIPES.get(recipe, {}) | changes
+    values = RECIPES.get(recipe, {}) | changes                                 # k-NN has none
     if scratch and "layer_decay" in values:
         values["layer_decay"] = 1.0             # there is nothing learnt that it could protect
     if "epochs" in given and values:            # the warm-up keeps its share
         values["warmup_epochs"] *= given["epochs"] / values["epochs"]
-    defaults = dict(data="shapes", data_dir="data", mode=mode, recipe=recipe, image_size=None,
-                    label_fraction=1.0, seed=0, workers=min(8, os.cpu_count() or 1), eval_every=1,
-                    micro_batch=None, block=None, pool="mean", bank=None, keep_blocks=None,
-                    freeze_blocks=None, resume=False, overwrite=False)
+    defaults = DEFAULTS | dict(mode=mode, recipe=recipe)
     if scratch:
         row = SETS.get(name, SETS["folder"])
         defaults |= dict(model=row["student"], patch_size=row["patch_size"],
@@ -421,7 +424,7 @@ def check_numbers(settings):
             ("epochs", 1, 10**6), ("end_lr", 0, 10), ("layer_decay", 0, 1), ("clip", 0, 10**6),
             ("randaugment", 0, 10), ("mixup", 0, 100), ("cutmix", 0, 100), ("erasing", 0, 1),
             ("smoothing", 0, 0.99), ("eval_every", 1, 10**6), ("bank", 1, 10**9),
-            ("image_size", 1, 10**5)):
+            ("image_size", 1, 4096)):
         value = settings.get(key)
         if value is not None and not low <= value <= high:                          # nor is nan
             raise InputError(f"{flag(key)} {value}: must be a number from {low} to {high}")
@@ -446,9 +449,9 @@ def open_encoder(settings):
                                  f"patch size {vit.config['patch_size']}")
             vit.resize_grid([s.image_size // vit.config["patch_size"]] * 2)
     check_channels(vit, s.data)
-    for key, least in (("keep_blocks", 0), ("freeze_blocks", 0), ("block", 0)):
+    for key in ("keep_blocks", "freeze_blocks", "block"):
         value = getattr(s, key)
-        if value is not None and not least <= value <= vit.depth:
+        if value is not None and not 0 <= value <= vit.depth:
             raise InputError(f"{flag(key)} {value}: the encoder has blocks 1 to {vit.depth}, and 0 "
                              "stands for its embedding")
     if s.freeze_blocks is not None and s.keep_blocks is not None and (
@@ -472,9 +475,24 @@ def open_labelled(data, vit, data_dir, device, workers, seed, crop_scale=1.0):
         train, test = open_data(data, row, tuple(vit.config["image_size"]), data_dir,
                                 device=device, workers=workers, seed=seed)
     if test is None or train.labels is None or test.labels is None:
-        raise InputError(f"--data {data} has no labels to learn: it needs images in {data}/train/"
-                         f"CLASS/ and {data}/val/CLASS/, the same two or more classes in both")
+        raise InputError(f"--data {data} cannot be learnt: {what_lacks(train, test)}; it needs "
+                         f"images in {data}/train/CLASS/ and {data}/val/CLASS/, the same two or "
+                         "more classes in both")
     return train, test
+
+
+def what_lacks(train, test):
+    """Why these Files have no labels, in a few words."""
+    if test is None:
+        return "there are no images in a folder val/"
+    for source in (train, test):
+        if not source.classes:
+            stray = next(p for p in source.paths if Path(p).parent == source.root)
+            return f"{stray} lies in no folder of a class"
+    if len(train.classes) == 1:
+        return "there is one class only"
+    one_sided = sorted(set(train.classes) ^ set(test.classes))[0]
+    return f"class {one_sided} is in one of train/ and val/ only"
 
 
 def evaluate_file(given):
@@ -492,8 +510,12 @@ def evaluate_file(given):
     if len(train.classes) != model.head.out_features:
         raise InputError(f"{s.eval} tells {model.head.out_features} classes apart, {s.data} has "
                          f"{len(train.classes)}: give the data set that it was fine-tuned on")
+    if model.classes not in (None, list(train.classes)):
+        raise InputError(f"{s.eval} tells apart {', '.join(model.classes[:3])} and so on, not the "
+                         f"classes of {s.data}: give the data set that it was fine-tuned on")
     result = dict(eval=s.eval, data=s.data, test_images=len(test))
     result |= evaluate(model.to(device), test, precision(s, device)[1], device)
+    result |= dict(broken_images=len(test.broken)) if test.broken else {}
     say(json.dumps(result))
     return result
 
@@ -504,21 +526,24 @@ def evaluate_file(given):
 def finetune(settings, vit):
     """One run, as `resolve` set it up; fills in settings["out"] and returns the result."""
     s, began = argparse.Namespace(**settings), time.perf_counter()
+    if s.mode != "finetune" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--mode {s.mode} is the work of one process: start it without torchrun")
     _, world, device, say = join_processes(s)
 
     # Whatever can be wrong comes to light before anything is written.
     train, test = open_labelled(s.data, vit, s.data_dir, device, s.workers, s.seed,
                                 settings.get("crop_scale", 1.0))
-    check_outside(settings, train)
+    check_outside(settings, train, test)
+    next(iter(test.plain(torch.arange(min(8, len(test))))))      # unreadable: now, not in an hour
     found, classes = (len(train), len(test)), len(train.classes)
     if s.label_fraction < 1:
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
     if s.mode != "knn":
-        # With few labels a batch may be all there are.
-        settings["batch_size"] = s.batch_size = min(s.batch_size, len(train)) // world * world
-        if s.batch_size < (2 if s.mode == "linear" else 1):              # batch norm needs two
-            raise InputError(f"{len(train)} training images are too few for a batch of {world} "
-                             "processes (one at least for each, and two for --mode linear)")
+        s.batch_size = min(s.batch_size, len(train))           # with few labels, all that there are
+        if s.batch_size % world:
+            raise InputError(f"--batch-size {s.batch_size} does not divide among {world} processes")
+        if s.mode == "linear" and s.batch_size < 2:
+            raise InputError("--batch-size 1: the batch norm of a linear probe needs two images")
     if s.mode == "finetune":
         model, new = new_classifier(vit, classes, s)
     out = settings["out"] = s.out = open_folder(settings, "init", RUN_FILES)
@@ -548,17 +573,16 @@ def finetune(settings, vit):
 
     if s.mode == "knn":
         top1 = KNN(train, test, s.bank, queries=None)(features)
-        log = []
-        record(out, log, dict(top1=top1, minutes=(time.perf_counter() - began) / 60))
-        return report(s, log, len(train))
-    train, test = (Features(features(x.plain(torch.arange(len(x)))), x.labels)
-                   for x in (train, test))
+        line = dict(top1=top1, minutes=(time.perf_counter() - began) / 60)
+        record(out, [], line | broken_of(train, test))
+        return report(s, line | broken_of(train, test), len(train))
+    train, test = (Features(features(x.plain(torch.arange(len(x)))), x) for x in (train, test))
     say(f"  computed  in {(time.perf_counter() - began) / 60:.1f} minutes; "
         "new are batch norm and a linear layer")
     torch.manual_seed(s.seed)
-    s.amp, s.compile = "off", False                   # of the encoder; this is a single layer
     model = Probe(train.features.shape[1], classes)
-    return train_classifier(model, train, test, s, device, began)
+    single_layer = argparse.Namespace(**vars(s) | dict(amp="off", compile=False))
+    return train_classifier(model, train, test, single_layer, device, began)
 
 
 def train_classifier(model, train, test, s, device, began, further=None):
@@ -584,14 +608,17 @@ def train_classifier(model, train, test, s, device, began, further=None):
     say(f"  training  learning rate {peak:.3g}, {total} steps, {warmup} of them warm-up; {device}, "
         f"{dict(off='float32', bf16='bfloat16', fp16='float16')[s.amp]}"
         f"{', compiled' if s.compile else ''}, {world} process{'es' * (world > 1)}")
-    for group in groups:
-        numbers = sum(p.numel() for p in group["params"])
-        say(f"  group     layer {group['layer']}, learning rate x {group['scale']:.4f}, weight "
-            f"decay {group['weight_decay']:g}: {numbers:,} parameters")
+    for layer in sorted({group["layer"] for group in groups}):
+        here = [group for group in groups if group["layer"] == layer]
+        say(f"  layer {layer:<3} learning rate x {here[0]['scale']:.4f}; " + ", ".join(
+            f"{sum(p.numel() for p in group['params']):,} parameters, weight decay "
+            f"{group['weight_decay']:g}" for group in here))
 
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    done, log = load_checkpoint(s.out, parts, len(train)) if s.resume else (0, [])
+    state_of = dict(images=len(train), classes=list(train.classes))
+    done, log = load_checkpoint(s.out, parts, **state_of) if s.resume else (0, [])
     minutes = log[-1]["minutes"] if log else 0.0
+    best = max((line["best_top1"] for line in log if "best_top1" in line), default=0.0)
     if s.resume:
         say(f"{s.out}: {done} of {s.epochs} epochs are done")
     replica = replicate(Supervised(model, s.smoothing), s, device)
@@ -623,33 +650,40 @@ def train_classifier(model, train, test, s, device, began, further=None):
         line |= means
         if (epoch + 1) % s.eval_every == 0 or epoch + 1 == s.epochs:
             line |= evaluate(model, test, autocast, device)
+            best = line["best_top1"] = max(best, line["top1"])
         line["minutes"] = minutes + (time.perf_counter() - began) / 60
-        if train.broken or test.broken:
-            line["broken_images"] = len(train.broken) + len(test.broken)
+        line |= broken_of(train, test)
         if rank == 0:
             record(s.out, log, line)
-            save_checkpoint(s.out, parts, epoch + 1, len(train))
+            save_checkpoint(s.out, parts, epoch + 1, **state_of)
             say(f"epoch {epoch + 1}/{s.epochs}: loss {line['loss']:.4f}, "
                 + "".join(f"top-{k} {line[f'top{k}']:.2%}, " for k in (1, 5) if f"top{k}" in line)
                 + f"{line['images_per_second']:.0f} images/s")
 
     if rank == 0 and isinstance(model, Classifier):
         content = dict(model={name: p.detach().cpu() for name, p in model.state_dict().items()},
-                       config=model.config | dict(classes=model.head.out_features))
+                       config=model.config | dict(classes=list(train.classes)))
         write(s.out / "model.pth", lambda path: torch.save(content, path))
     if world > 1:
         dist.barrier()                                # whoever returns finds the files
-    return report(s, log, len(train)) if rank == 0 else {}
+    return report(s, log[-1], len(train)) if rank == 0 else {}
 
 
-def report(s, log, train_images):
-    """Print and return the result, that of the last epoch; the best of all is there to be seen."""
-    tested = [line["top1"] for line in log if "top1" in line]
-    keys = ("mode", "data", "init", "seed", "label_fraction", "epochs", "keep_blocks",
-            "freeze_blocks", "block", "bank")
+def broken_of(train, test):
+    broken = len(train.broken) + len(test.broken)
+    return dict(broken_images=broken) if broken else {}
+
+
+def report(s, line, train_images):
+    """Print and return the result: the settings that tell runs apart, and the last `line` of the
+    log."""
+    keys = ("mode", "data", "init", "seed", "label_fraction", "recipe", "epochs", "batch_size",
+            "blr", "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank")
+    keys += ("pool",) if s.mode != "finetune" else ()
     result = {key: getattr(s, key) for key in keys if getattr(s, key, None) is not None}
-    result |= dict(train_images=train_images, out=str(s.out), best_top1=max(tested))
-    result |= {key: log[-1][key] for key in ("top1", "top5", "minutes") if key in log[-1]}
+    result |= dict(train_images=train_images, out=str(s.out))
+    keys = ("top1", "top5", "minutes", "broken_images")
+    result |= {key: line[key] for key in keys if key in line}
     print(json.dumps(result))
     return result
 

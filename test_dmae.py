@@ -41,6 +41,7 @@ from data import SETS, InputError, read_image
 from dmae import (DMAE, MAE, Scores, ViT, knn_top1, learning_rate, load_vit, main,
                   parameter_groups, resolve, save_student, sincos_positions, split_heads,
                   train_step)
+from experiments import analyze
 
 # ============================================================================================ model
 # Fixed weights, images and masking noise, and what an independent implementation of the paper made
@@ -1373,7 +1374,7 @@ def fails(argv, words, capsys, program=dmae):
         program.main([str(x) for x in argv])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
-    assert error.startswith(f"{program.__name__}.py: error: ") and re.search(words, error), error
+    assert error.startswith(f"{program.make_parser().prog}: error: ") and re.search(words, error)
 
 
 # Every flag, with what must be seen of it afterwards: in config.json, log.jsonl or student.pth.
@@ -1584,7 +1585,7 @@ def test_layer_decay_and_weight_decay_of_every_parameter_of_tiny():
                                                     ("cifar100", 50_000, 0.1),
                                                     ("pets", 3_680, 0.03)])
 def test_schedules_of_the_paper(data_set, images, peak):
-    recipe, changes = finetune.SIZED[data_set]
+    recipe, changes = finetune.RECIPE_OF.get(data_set, ("imagenet", {}))
     row = finetune.RECIPES[recipe] | changes
     steps = images // row["batch_size"]
     total, warm = row["epochs"] * steps, row["warmup_epochs"] * steps
@@ -1696,7 +1697,7 @@ def test_fine_tuning_leaves_what_it_should(fine, run, folder, capsys):
     assert [line["epoch"] for line in log] == [1, 2] and log[-1]["step"] == 10
     assert {"loss", "top1", "top5", "test_loss", "lr", "images_per_second", "minutes"} < set(log[0])
     assert fine["top1"] == log[-1]["top1"] and fine["top5"] == 1
-    assert fine["best_top1"] == max(line["top1"] for line in log)
+    assert log[-1]["best_top1"] == max(line["top1"] for line in log)
     saved = json.loads((out / "config.json").read_text())
     assert saved["settings"]["randaugment"] == 10 and saved["settings"]["layer_decay"] == 0.85
     assert saved["init_sha256"] == hashlib.sha256((run / "student.pth").read_bytes()).hexdigest()
@@ -1717,7 +1718,8 @@ def test_timm_evaluates_the_saved_model_to_the_same(run, folder, tmp_path):
     c = content["config"]
     other = timm.VisionTransformer(
         img_size=c["image_size"], patch_size=c["patch_size"], embed_dim=c["width"],
-        depth=c["depth"], num_heads=c["heads"], num_classes=c["classes"], global_pool="avg").eval()
+        depth=c["depth"], num_heads=c["heads"], num_classes=len(c["classes"]),
+        global_pool="avg").eval()
     other.load_state_dict(content["model"])
     prepare = v2.Compose([v2.Resize(18, InterpolationMode.BICUBIC), v2.CenterCrop(16),
                           v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
@@ -1764,7 +1766,7 @@ def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder
     assert again["top1"] == fine["top1"]
     fails(["--resume", "--out", tmp_path / "a", "--mixup", 0.3], "mixup was 0.2, now 0.3", capsys,
           finetune)
-    fails(["--resume", "--out", run], "of another program", capsys, finetune)
+    fails(["--resume", "--out", run], "of another program: resume", capsys, finetune)
     (run / "student.pth").rename(run / "moved.pth")
     try:
         fails(["--resume", "--out", tmp_path / "a"], "--init of this run is gone", capsys, finetune)
@@ -1774,14 +1776,56 @@ def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder
         (run / "moved.pth").rename(run / "student.pth")
 
 
+def test_a_full_disk_is_one_line_and_loses_nothing(run, folder, tmp_path, monkeypatch, capsys):
+    argv = ["--init", run / "student.pth", *tuning(folder, "--out", tmp_path / "a")]
+
+    def full(content, path):                        # as torch.save does it, on its second call
+        path.write_bytes(b"half of a file")
+        if (tmp_path / "a" / "checkpoint.pth").exists():
+            raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
+        real(content, path)
+    real = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    fails(argv, "is the disk full.* can be resumed", capsys, finetune)
+    monkeypatch.undo()
+    assert not list((tmp_path / "a").glob("*.tmp"))
+    resumed = finetune.main(["--resume", "--out", str(tmp_path / "a")])
+    straight = tune(run / "student.pth", *tuning(folder, "--out", tmp_path / "b"))
+    assert equal(tuned(resumed["out"]), tuned(straight["out"]))
+
+
+def test_resume_refuses_other_classes_and_a_config_that_lacks_something(run, folder, tmp_path,
+                                                                        capsys):
+    images = tmp_path / "images"
+    shutil.copytree(folder, images)
+    out = Path(tune(run / "student.pth", *tuning(images, "--batch-size", 100, "--epochs", 1,
+                                                 "--out", tmp_path / "a"))["out"])
+    resumed = ["--resume", "--out", out]          # the flags as given, though 40 images are no 100
+    assert finetune.main([*map(str, resumed), "--batch-size", "100"])["batch_size"] == 40
+    for part in ("train", "val"):
+        (images / part / "down").rename(images / part / "left")
+    fails(resumed, "had other classes", capsys, finetune)
+    content = json.loads((out / "config.json").read_text())
+    del content["settings"]["label_fraction"]
+    (out / "config.json").write_text(json.dumps(content))
+    fails(resumed, "config.json is damaged", capsys, finetune)
+    (out / "config.json").write_text("[]")
+    fails(resumed, "config.json is damaged", capsys, finetune)
+
+
+def test_pre_training_does_not_replace_a_fine_tuning(fine, folder, capsys):
+    fails(arguments(folder, "none", "--out", fine["out"], "--overwrite"), "of another program",
+          capsys)
+
+
 def test_linear_probe_resumes_in_the_same_bits(run, folder, tmp_path, monkeypatch):
     flags = ["--data", folder, "--workers", 0, "--mode", "linear", "--epochs", 6]
     straight = tune(run / "student.pth", *flags, "--out", tmp_path / "a")
 
-    def stop(out, parts, epoch, images):
+    def stop(out, parts, epoch, **state):
         if epoch == 4:                       # after its line of the log, before its checkpoint
             raise KeyboardInterrupt
-        dmae.save_checkpoint(out, parts, epoch, images)
+        dmae.save_checkpoint(out, parts, epoch, **state)
     monkeypatch.setattr(finetune, "save_checkpoint", stop)
     with pytest.raises(SystemExit):
         tune(run / "student.pth", *flags, "--out", tmp_path / "b")
@@ -2001,7 +2045,8 @@ def test_from_scratch_and_the_bank(folder, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     bad("--init is missing.*FILE.*none.*--eval", "--data", "{folder}"),
     bad("holds no plain ViT", "--init", "{file}"), bad("no file", "--init", "no.pth"),
-    bad("train/CLASS/.*val/CLASS/", "--init", "{student}", "--data", "{unlabelled}"),
+    bad("no images in a folder val/; it needs images in unlabelled/train/CLASS/ and unlabelled/val/"
+        "CLASS/", "--init", "{student}", "--data", "{unlabelled}"),
     bad("neither a folder nor one of", "--init", "{student}", "--data", "petz"),
     bad("blocks 1 to 4", "--init", "{student}", "--keep-blocks", "5"),
     bad("blocks 1 to 4", "--init", "{student}", "--freeze-blocks", "-1"),
@@ -2027,20 +2072,36 @@ def test_from_scratch_and_the_bank(folder, tmp_path):
     bad("has no meaning with --eval", "--eval", "{student}", "--seed", "1"),
     bad("holds no classifier", "--eval", "{student}"),
     bad("tells 2 classes apart, .* has 3", "--eval", "{model}", "--data", "{colours}"),
-    bad("holds a run .config.json.*--overwrite", "--init", "{student}", "--out", "{run}"),
+    bad("tells apart down, right", "--eval", "{model}", "--data", "{renamed}"),
+    bad("checkpoint to resume from", "--eval", "{fine}/checkpoint.pth"),
+    bad("checkpoint to resume from", "--init", "{run}/checkpoint.pth"),
+    bad("there are no images in a folder val/", "--init", "{student}", "--data", "{folder}/train"),
+    bad("class down is in one of", "--init", "{student}", "--data", "{one-sided}"),
+    bad("stray.png lies in no folder", "--init", "{student}", "--data", "{stray}"),
+    bad("another program", "--init", "{student}", "--out", "{copy}", "--overwrite"),
+    bad("batch norm", "--init", "{student}", "--mode", "linear", "--batch-size", "1"),
+    bad("holds a run .config.json.*--overwrite", "--init", "{student}", "--out", "{fine}"),
     bad("would delete", "--init", "{model}", "--out", "{fine}", "--overwrite"),
     bad("inside the data", "--init", "{student}", "--out", "{folder}/train/runs"),
     bad("--resume needs --out", "--resume"),
     bad("--device", "--init", "{student}", "--device", "toaster")])
 def test_bad_tuning_input_is_one_line(flags, words, run, fine, folder, colours, tmp_path, capsys,
-                                      monkeypatch):
+                                      monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path, "unlabelled/0.png", "unlabelled/1.png")
+    trees = tmp_path_factory.mktemp("trees")
+    for tree in ("renamed", "one-sided", "stray"):
+        shutil.copytree(folder, trees / tree)
+    for place in ("renamed/train", "renamed/val", "one-sided/val"):
+        (trees / place / "down").rename(trees / place / "left")
+    write_images(trees, "stray/train/stray.png")
+    shutil.copytree(run, trees / "copy")
     save({"model": {"x": torch.zeros(2)}}, tmp_path / "file")
     save_student(tmp_path / "grey.pth", MAE(small_vit(channels=1, mean=(0.5,), std=(0.5,))))
     places = dict(folder=folder, colours=colours, unlabelled="unlabelled", file="file", run=run,
                   grey="grey.pth", student=run / "student.pth", fine=fine["out"],
-                  model=Path(fine["out"]) / "model.pth")
+                  model=Path(fine["out"]) / "model.pth", copy=trees / "copy",
+                  **{tree: trees / tree for tree in ("renamed", "one-sided", "stray")})
     flags = [flag.format(**places) for flag in flags]
     if "--data" not in flags and "--resume" not in flags:
         flags += ["--data", folder]
@@ -2048,6 +2109,167 @@ def test_bad_tuning_input_is_one_line(flags, words, run, fine, folder, colours, 
     fails(flags, words, capsys, finetune)
     assert {p: p.read_bytes() for p in Path(fine["out"]).iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "grey.pth", "unlabelled"]
+
+
+# ========================================================================================= analysis
+
+
+def uniform_scores(b=2, h=3, n=196):
+    """Equal scores among patches; the class token's row and column must not count."""
+    scores = torch.zeros(b, h, 1 + n, 1 + n)
+    scores[:, :, 0], scores[:, :, :, 0] = 7.0, 50.0
+    return scores
+
+
+def test_distance_and_entropy_of_uniform_attention_and_of_looking_at_oneself():
+    distance = analyze.attention_distance(uniform_scores(), (14, 14))
+    assert distance.shape == (2, 3) and torch.allclose(distance, torch.tensor(7.28), atol=5e-3)
+    assert torch.allclose(analyze.attention_entropy(uniform_scores()), torch.tensor(196.0).log())
+    alone = uniform_scores() + 200 * torch.eye(197)
+    assert analyze.attention_distance(alone, (14, 14)).abs().max() < 1e-6
+    assert analyze.attention_entropy(alone).abs().max() < 1e-6
+
+
+def test_distance_and_entropy_against_loops():
+    rows, columns, n = 2, 3, 6
+    scores = torch.randn(1, 2, 1 + n, 1 + n)
+    for head in range(2):
+        distance = entropy = 0.0
+        for q in range(n):
+            weights = [math.exp(scores[0, head, 1 + q, 1 + k]) for k in range(n)]
+            for k, weight in enumerate(weights):
+                a = weight / sum(weights)
+                distance += a * math.dist(divmod(q, columns), divmod(k, columns)) / n
+                entropy -= a * math.log(a) / n
+        found = analyze.attention_distance(scores, (rows, columns))[0, head].item()
+        assert found == pytest.approx(distance, rel=1e-5)
+        assert analyze.attention_entropy(scores)[0, head].item() == pytest.approx(entropy, rel=1e-5)
+
+
+def similarity(*features, batch=None):
+    """Minibatch CKA of features (N, c) each."""
+    batches = zip(*(x.split(batch or len(x)) for x in features))
+    each = [analyze.hsic(torch.stack([analyze.gram(x) for x in part])) for part in batches]
+    return analyze.cka(sum(each) / len(each))
+
+
+def test_hsic_against_sums_over_distinct_samples():
+    """Song et al. 2012, before it is simplified: averages over distinct i, j, q, r."""
+    K, L = (analyze.gram(torch.randn(7, 3, generator=torch.manual_seed(seed))) for seed in (0, 1))
+    pairs = [(K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q])).item()
+             for i, j, q, r in itertools.permutations(range(7), 4)]
+    assert analyze.hsic(torch.stack([K, L]))[0, 1].item() == pytest.approx(np.mean(pairs))
+
+
+def test_cka_of_rotations_scalings_and_noise():
+    torch.manual_seed(0)
+    x, y = torch.randn(2048, 24), torch.randn(2048, 40)
+    rotation = torch.linalg.qr(torch.randn(24, 24)).Q
+    related = x @ torch.randn(24, 40) + 3 * y
+    whole = similarity(x, x @ rotation * 5 + 2, y, related)
+    assert whole[0, 0] == pytest.approx(1) and whole[0, 1].item() == pytest.approx(1, abs=1e-5)
+    assert abs(whole[0, 2]) < 0.02 and 0.1 < whole[0, 3] < 0.9
+    batches = similarity(x, x @ rotation * 5 + 2, y, related, batch=64)
+    assert (batches - whole).abs().max() < 0.02
+    centred = [z - z.mean(0) for z in (x, related)]                  # the usual, biased formula
+    biased = (centred[0].T @ centred[1]).norm() ** 2 / math.prod(
+        (z.T @ z).norm() for z in centred)
+    assert whole[0, 3].item() == pytest.approx(biased.item(), abs=0.02)
+
+
+def test_measure_is_the_mean_over_images_whatever_the_pieces():
+    vits = [scrambled_vit(), scrambled_vit(width=24, depth=3, image_size=48)]
+    sources = [data.SmallSet(noise(16, 3, 20, 20), None, SETS["shapes"], vit.config["image_size"])
+               for vit in vits]
+    found = analyze.measure(vits, sources, torch.arange(16), batch=8, piece=3)
+    again = analyze.measure(vits, sources, torch.arange(16), batch=8, piece=16)
+    for a, b in zip(found, again):
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b))
+    images = torch.cat(list(sources[1].plain(torch.arange(16))))
+    with torch.no_grad():
+        scores = vits[1](images, scores=[2])[0][2]
+    assert [x.shape for x in found[0]] == [(2, 3), (3, 3)] and found[2].shape == (7, 7)
+    expected = analyze.attention_distance(scores, (6, 6)).mean(0)
+    assert torch.allclose(found[0][1][1].float(), expected, atol=1e-5)
+    assert torch.allclose(found[2].diagonal(), torch.ones(7, dtype=torch.float64))
+    with torch.no_grad():         # the input of block 2 is what its norm1 hands on, patches only
+        tokens = vits[0](images[..., :32, :32], tokens=range(3))[1]
+    assert torch.equal(analyze.representations(vits[0], tokens)[1],
+                       vits[0].blocks[1].norm1(tokens[1])[:, 1:].flatten(1))
+
+
+def explored(run, teacher, folder, *more):
+    return analyze.main([str(run / "student.pth"), "--teacher", teacher, "--data", folder,
+                         "--batch-size", "5", "--workers", "0", *map(str, more)])
+
+
+@pytest.mark.parametrize("figures", [True, False])
+def test_an_analysis_leaves_numbers_and_figures(run, teacher, folder, tmp_path, monkeypatch, capsys,
+                                                figures):
+    if figures:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    numbers = explored(run, teacher, folder, "--out", tmp_path / "a")
+    output = capsys.readouterr().out
+    saved = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    assert saved == json.loads(json.dumps(numbers)) and saved["settings"]["images"] == 16
+    student, other = saved["models"]
+    assert (student["name"], other["name"]) == ("plain", "teacher")
+    assert np.shape(student["distance"]) == (4, 4) and np.shape(other["entropy"]) == (3, 3)
+    assert student["entropy_uniform"] == pytest.approx(math.log(16))
+    assert np.shape(saved["cka"]["teacher | plain"]) == (4, 5)
+    mixer = saved["mixers"]["plain 4:3"]
+    assert np.allclose(mixer["M"], weights(run)["mixers.4:3"])
+    pictures = {p.name for p in (tmp_path / "a").glob("*.png")}
+    assert pictures == ({f"{name}.png" for name in (
+        "distance", "entropy", "cka", "attention_class", "attention_patch", "reconstruction_plain",
+        "mixer_plain 4-3", "scores_plain 4-3")} if figures else set())
+    assert ("pip install matplotlib" in output) != figures and "images/s" in output
+    for name in pictures:
+        picture = read_image(tmp_path / "a" / name).float()
+        assert min(picture.shape[1:]) > 100 and picture.std() > 10
+    before = (tmp_path / "a" / "analysis.json").read_bytes()
+    fails([run / "student.pth", "--out", tmp_path / "a"], "--overwrite", capsys, analyze)
+    explored(run, teacher, folder, "--out", tmp_path / "a", "--overwrite", "--pictures", 0)
+    assert json.loads(before)["models"] == json.loads(
+        (tmp_path / "a" / "analysis.json").read_text())["models"]
+
+
+def test_mixed_scores_are_those_that_the_distance_compares(run, teacher, tmp_path):
+    """On whole images: the mean square of the difference is DMAE's distance."""
+    mae, mixers, match = analyze.load_student(run / "student.pth")
+    assert match == "scores" and all(
+        torch.equal(p, weights(run)[f"decoder.{n}"]) for n, p in mae.state_dict().items()
+        if not n.startswith("encoder."))
+    images = torch.randn(3, 3, 16, 16, generator=torch.manual_seed(0))
+    ours, mixed, theirs = analyze.mixed_scores(mae, mixers, match, teacher, images)["4:3"]
+    model = DMAE(mae, load_vit(teacher), [(4, 3)])
+    expected = model.distance(ours, theirs, mixers["4:3"]).item()
+    numbers = analyze.mixer_numbers(mixers["4:3"], mixed, theirs)
+    assert np.mean(numbers["mse"]) == pytest.approx(expected, rel=1e-4)
+    assert numbers["correlation"][1] == pytest.approx(
+        np.corrcoef(mixed[:, 1].flatten(), theirs[:, 1].flatten())[0, 1], abs=1e-4)
+    zeros = theirs.square().mean().item()
+    assert np.mean(numbers["mse_of_zeros"]) == pytest.approx(zeros, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags, words", [
+    bad("neither a folder", "{student}", "--data", "petz"), bad("no file", "no.pth"),
+    bad("blocks 1 to 4", "{student}", "--block", "5"), bad("from 5", "{student}", "--images", "4"),
+    bad("ROW,COLUMN, from 0,0 to 3,3", "{student}", "--patch", "4,0"),
+    bad("ROW,COLUMN", "{student}", "--patch", "centre"), bad("that .* has", "{student}",
+                                                             "--images", "99"),
+    bad("4 or more", "{student}", "--batch-size", "3"), bad("required", "--seed", "1"),
+    bad("device", "{student}", "--device", "toaster")])
+def test_bad_analysis_input_is_one_line(flags, words, run, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag.format(student=run / "student.pth") for flag in flags]
+    if "--data" not in flags:
+        flags += ["--data", folder]
+    fails([*flags, *([] if "--batch-size" in flags else ["--batch-size", "5"])], words, capsys,
+          analyze)
+    assert not list(tmp_path.iterdir())
 
 
 # =================================================================================== real processes
