@@ -1,0 +1,468 @@
+"""Look inside encoders: attention distance, attention entropy, CKA, attention maps, M.
+
+    python -m experiments.analyze runs/mae/student.pth runs/dmae/student.pth \\
+        --teacher runs/teacher/student.pth --data fashion-mnist
+    python -m experiments.analyze mae_tiny.pth.tar dmae_tiny.pth.tar deit_tiny.pth:3 \\
+        --data /path/to/imagenet/val --images 1100
+
+The third part of Wang et al. (ICML 2023). Writes analysis.json with every number into --out and, if
+matplotlib is installed, figures beside it; prints a short table. Images are whole: nothing is
+masked. All that is measured comes from the encoders' ordinary forward pass.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+from einops import einsum, rearrange
+from tqdm import tqdm
+
+from data import SETS, InputError, open_data
+from dmae import (
+    DMAE, MAE, Parser, as_rgb, check, load_vit, one_line_errors, read_weights, reconstructions,
+    split_heads, write)
+
+# ========================================================================================= measures
+
+
+def patch_distances(grid):
+    """Euclidean distance between the centres of each two patches, in patches: (n, n)."""
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    centres = torch.stack([rows.flatten(), columns.flatten()], dim=1).float()
+    return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def attention_distance(scores, grid):
+    """How far a patch looks: sum over keys of attention x distance, in patches, mean over queries.
+
+    scores: (b, h, 1 + n, 1 + n), before the softmax; the class token's row and column are left out
+    of it. Returns (b, h)."""
+    attention = scores[:, :, 1:, 1:].softmax(dim=-1)                                  # b h n n
+    distances = patch_distances(grid).to(attention)
+    return einsum(attention, distances, "b h q k, q k -> b h q").mean(dim=-1)
+
+
+def attention_entropy(scores):
+    """-sum a ln a over keys of the same attention, in nats, mean over queries: (b, h)."""
+    logs = scores[:, :, 1:, 1:].log_softmax(dim=-1)
+    return -(logs.exp() * logs).sum(dim=-1).mean(dim=-1)
+
+
+def representations(vit, tokens):
+    """What CKA compares, of patch tokens alone: the input of each block after its norm1, and the
+    output after the final norm. tokens: {i: (b, 1 + n, c)}, 0 to depth -> depth + 1 of (b, n c)."""
+    seen = [block.norm1(tokens[i]) for i, block in enumerate(vit.blocks)]
+    seen.append(vit.norm(tokens[vit.depth]))
+    return [x[:, 1:].flatten(1) for x in seen]
+
+
+def gram(x):
+    """Linear kernel of samples (m, c) -> (m, m) float64, its diagonal zero, as the estimate below
+    wants it. Centring changes that estimate by rounding alone, for the better."""
+    x = x - x.mean(dim=0)
+    return (x @ x.T).double().fill_diagonal_(0)
+
+
+def hsic(grams):
+    """Unbiased estimate of HSIC (Song et al. 2012, eq. 5) of each two of p kernels:
+    (p, m, m), diagonals zero, m at least 4 -> (p, p)."""
+    m = grams.shape[1]
+    flat, rows, total = grams.flatten(1), grams.sum(dim=2), grams.sum(dim=(1, 2))
+    return (flat @ flat.T + torch.outer(total, total) / ((m - 1) * (m - 2))
+            - rows @ rows.T * 2 / (m - 2)) / (m * (m - 3))
+
+
+def cka(mean_hsic):
+    """Minibatch CKA: HSIC (p, p), averaged over minibatches, over the root of its diagonal."""
+    scale = mean_hsic.diagonal().clamp(min=0).sqrt()
+    return mean_hsic / torch.outer(scale, scale)
+
+
+@torch.no_grad()
+def measure(vits, sources, indices, batch, piece=16):
+    """Distance and entropy [(blocks, heads) for each vit], CKA (p, p) over all blocks of all.
+
+    sources: for each vit, the images as it takes them. batch: images in a minibatch of CKA; the
+    last, incomplete one is left out of it. Memory does not depend on the number of images."""
+    distances, entropies, total, batches = [0] * len(vits), [0] * len(vits), 0, 0
+    for part in tqdm(indices.split(batch), "images", unit=f" x {batch}", leave=False):
+        grams = []
+        for i, (vit, source) in enumerate(zip(vits, sources)):
+            found = []
+            for images in source.plain(part, piece):
+                scores, tokens = vit(images, scores=range(1, vit.depth + 1),
+                                     tokens=range(vit.depth + 1))
+                distances[i] += torch.stack([attention_distance(scores[k], vit.grid).sum(dim=0)
+                                             for k in scores]).double()
+                entropies[i] += torch.stack([attention_entropy(scores[k]).sum(dim=0)
+                                             for k in scores]).double()
+                found.append(representations(vit, tokens))
+            grams += [gram(torch.cat(x)) for x in zip(*found)]
+        if len(part) == batch:
+            total, batches = total + hsic(torch.stack(grams)), batches + 1
+    mean = [[x / len(indices) for x in kind] for kind in (distances, entropies)]
+    return *mean, cka(total / batches)
+
+
+# =========================================================================================== models
+
+
+def load_student(path):
+    """What else is in this project's student.pth: (MAE, {"i:j": M}, what they match); for other
+    files (None, {}, "")."""
+    path, _ = split_heads(path)
+    content = read_weights(path)
+    if not {"model", "decoder", "config"} <= content.keys():
+        return None, {}, ""
+    keys = ("decoder_width", "decoder_depth", "decoder_heads", "mask_ratio", "norm_pix",
+            "decode_after")
+    mae = MAE(load_vit(path), **{key: content["config"][key] for key in keys})
+    encoder = {f"encoder.{name}": tensor for name, tensor in content["model"].items()}
+    mae.load_state_dict(encoder | content["decoder"])
+    return mae.eval(), content["mixers"], content["config"].get("match", "scores")
+
+
+def names_of(paths):
+    """Short names: the folder of a student.pth or model.pth, else the file; numbered if equal."""
+    paths = [split_heads(path)[0] for path in paths]
+    names = [path.resolve().parent.name if path.name in ("student.pth", "model.pth")
+             else path.name.split(".")[0] for path in paths]
+    return [name if names.count(name) == 1 else f"{name} {i + 1}" for i, name in enumerate(names)]
+
+
+def open_images(data, data_dir, vit, device, workers):
+    """Images to look at, as `vit` takes them: a test split, or all of a folder without one."""
+    row = SETS.get(data, SETS["folder"])
+    if vit.config["channels"] not in (row["channels"], 3):
+        raise InputError(f"an encoder of grey images cannot see the colour images of {data}")
+    row = dict(mean=vit.config["mean"], std=vit.config["std"], crop_scale=1.0)
+    train, test = open_data(data, row, tuple(vit.config["image_size"]), data_dir, device=device,
+                            workers=workers)
+    return test or train
+
+
+@torch.no_grad()
+def mixed_scores(mae, mixers, match, teacher_file, images):
+    """The student's attention through M beside the teacher's, for each pair of blocks that a mixer
+    of heads belongs to: {"i:j": (ours, mixed, theirs)}, (b, s, n, n), (b, t, n, n) twice."""
+    out = {}
+    for pair, M in mixers.items():
+        i, j = map(int, pair.split(":"))
+        teacher = load_vit(teacher_file).to(images.device)
+        heads = teacher.config["heads"], mae.encoder.config["heads"]
+        if tuple(M.shape) != heads or i > mae.encoder.depth or j > teacher.depth:
+            continue                 # of tokens, of D2-MAE's extra block, or of another teacher
+        model = DMAE(mae, teacher, [(i, j)])
+        ours = mae.encoder(images, scores=[i])[0][i]
+        theirs = teacher(model.teacher_images(images), scores=[j])[0][j]
+        if match == "probs":
+            ours, theirs = ours.softmax(dim=-1), theirs.softmax(dim=-1)
+        mixed = einsum(M.to(ours), ours, "t s, b s q k -> b t q k")
+        out[pair] = ours, mixed, theirs
+    return out
+
+
+def mixer_numbers(M, mixed, theirs):
+    """What M has come to, per head of the teacher: the distance trained on, that of predicting
+    nothing but zeros, and the correlation over all pairs of tokens."""
+    a, b = (rearrange(x, "b t q k -> t (b q k)").double() for x in (mixed, theirs))
+    correlation = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(a, b)]
+    return dict(M=M.tolist(), mse=(a - b).square().mean(1).tolist(),
+                mse_of_zeros=b.square().mean(1).tolist(), correlation=correlation)
+
+
+# ========================================================================================== figures
+
+
+def save(figure, path):
+    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
+
+
+def draw_blocks(models, key, unit, uniform, path):
+    """A panel per model: each head's value and their mean, block by block."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(2.6 * len(models) + 0.8, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for model, panel in zip(models, panels):
+        values = torch.tensor(model[key])                                             # blocks heads
+        blocks = range(1, len(values) + 1)
+        panel.plot(blocks, values.numpy(), "o", color="C0", alpha=0.5, markersize=4)
+        panel.plot(blocks, values.mean(dim=1).numpy(), "-", color="C1", label="mean of heads")
+        panel.axhline(model[f"{key}_uniform"], linestyle="--", color="grey", label=uniform)
+        panel.set(title=model["name"], xlabel="block", xticks=blocks)
+        if key == "distance":
+            pixels = panel.secondary_yaxis("right", functions=(
+                lambda y, p=model["patch_size"]: y * p, lambda y, p=model["patch_size"]: y / p))
+            pixels.set_ylabel("pixels" if panel is panels[-1] else "")
+    panels[0].set(ylabel=f"attention {key} ({unit})", ylim=(0, None))
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"Attention {key}: one dot per head", fontsize=11)
+    save(figure, path)
+
+
+def draw_cka(models, similarity, path):
+    """Each pair of models, and each with itself: blocks of one against blocks of the other."""
+    from matplotlib.figure import Figure
+    count = len(models)
+    figure = Figure(figsize=(2.3 * count + 1.2, 2.3 * count + 0.5), layout="constrained")
+    panels = figure.subplots(count, count, squeeze=False)
+    for i, row in enumerate(panels):
+        for j, panel in enumerate(row):
+            if j > i:
+                panel.set_axis_off()
+                continue
+            values = similarity[f"{models[i]['name']} | {models[j]['name']}"]
+            image = panel.imshow(
+                values, vmin=0, vmax=1, origin="lower", cmap="magma", aspect="auto")
+            panel.set(xlabel=models[j]["name"] if i == count - 1 else "",
+                      ylabel=models[i]["name"] if j == 0 else "",
+                      xticks=range(len(values[0])), yticks=range(len(values)))
+            panel.tick_params(labelsize=6)
+    figure.colorbar(image, ax=panels, shrink=0.6, label="CKA")
+    figure.suptitle("CKA of patch tokens: 0 the input of block 1, ..., last the final output")
+    save(figure, path)
+
+
+def draw_maps(rows, columns, title, path, row_names):
+    """rows: for each, an RGB image (3, H, W) or None, and maps (k, gh, gw), each scaled to its own
+    range. columns: headings of the maps."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(1.0 * (len(columns) + 1) + 0.9, 1.05 * len(rows) + 0.7),
+                    layout="constrained")
+    panels = figure.subplots(len(rows), len(columns) + 1, squeeze=False)
+    height, width = rows[0][1].shape[1:]
+    for panel in panels.flatten():
+        panel.set(xticks=[], yticks=[], frame_on=False, box_aspect=height / width)
+    for line, (picture, maps), name in zip(panels, rows, row_names):
+        if picture is not None:
+            line[0].imshow(picture.permute(1, 2, 0).numpy())
+        line[0].set_ylabel(name, fontsize=8)
+        for panel, values in zip(line[1:], maps):
+            shown = panel.imshow(values.numpy(), cmap="magma")
+    for panel, heading in zip(panels[0, 1:], columns):
+        panel.set_title(heading, fontsize=8)
+    bar = figure.colorbar(shown, ax=panels, shrink=0.5, ticks=[])
+    bar.set_label("least to most, each map by itself", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def draw_reconstructions(mae, images, name, path):
+    """A row per image: it, its visible patches, the prediction, and both of these together."""
+    from matplotlib.figure import Figure
+    pictures = reconstructions(mae, images)
+    figure = Figure(figsize=(5.6, 1.4 * len(images) + 0.8), layout="constrained")
+    panels = figure.subplots(len(images), 4, squeeze=False)
+    headings = ("image", "visible", "prediction", "visible and\npredicted")
+    for row, line in zip(panels, zip(*pictures)):
+        for panel, picture, heading in zip(row, line, headings):
+            panel.imshow(as_rgb(mae.encoder, picture[None])[0].permute(1, 2, 0).cpu().numpy())
+            panel.set(xticks=[], yticks=[])
+            if panel in panels[0]:
+                panel.set_title(heading, fontsize=9)
+    note = "; brightness and contrast of each patch are the true ones" * mae.norm_pix
+    figure.suptitle(f"{name}, {mae.config['mask_ratio']:.0%} hidden{note}", fontsize=8)
+    save(figure, path)
+
+
+def attention_views(vit, images, block, query):
+    """For each image: it as RGB; the same with the patch `query` framed; attention of the class
+    token and of that patch to the patches, (h, gh, gw) each."""
+    with torch.no_grad():
+        attention = vit(images, scores=[block])[0][block].softmax(dim=-1).cpu()       # b h 1+n 1+n
+    class_maps, patch_maps = (
+        rearrange(attention[:, :, row, 1:], "b h (gh gw) -> b h gh gw", gh=vit.grid[0])
+        for row in (0, 1 + query))
+    plain = as_rgb(vit, images).cpu()
+    framed, side = plain.clone(), plain.shape[2] // vit.grid[0]
+    top, left = (side * x for x in divmod(query, vit.grid[1]))
+    inside = framed[:, :, top + 2:top + side - 2, left + 2:left + side - 2].clone()
+    framed[:, :, top:top + side, left:left + side] = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
+    framed[:, :, top + 2:top + side - 2, left + 2:left + side - 2] = inside
+    return list(zip(plain, framed, class_maps, patch_maps))
+
+
+def draw_mixer(numbers, title, path):
+    """M: a row for each head of the teacher, a column for each of the student."""
+    from matplotlib.figure import Figure
+    M = torch.tensor(numbers["M"])
+    figure = Figure(figsize=(0.6 * M.shape[1] + 2.6, 0.42 * M.shape[0] + 1.4), layout="constrained")
+    panel, most = figure.subplots(), M.abs().max().item()
+    image = panel.imshow(M.numpy(), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    panel.set(title=f"M of {title}", xlabel="head of the student",
+              ylabel="head of the teacher\n(correlation of the scores)",
+              xticks=range(M.shape[1]), xticklabels=range(1, M.shape[1] + 1),
+              yticks=range(M.shape[0]), yticklabels=[
+                  f"{t + 1}  ({r:.2f})" for t, r in enumerate(numbers["correlation"])])
+    for t, row in enumerate(numbers["M"]):
+        for s, value in enumerate(row):
+            panel.text(s, t, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                       color="white" if abs(value) > 0.6 * most else "black")
+    figure.colorbar(image, label="weight")
+    save(figure, path)
+
+
+def draw_mixed(vit, scores, query, title, path):
+    """Scores of one patch of the first image to all: the student's, through M, the teacher's."""
+    maps = [rearrange(x[0, :, 1 + query, 1:].cpu(), "h (gh gw) -> h gh gw", gh=vit.grid[0])
+            for x in scores]
+    heads = [f"head {h + 1}" for h in range(max(map(len, maps)))]
+    draw_maps([(None, x) for x in maps], heads, f"Scores of one patch to all others, {title}",
+              path, ["student", "through M", "teacher"])
+
+
+def table(models, between, reference):
+    """A few numbers of each model on stdout: means over heads, block by block."""
+    for model in models:
+        print(model["name"])
+        for key, unit in (("distance", "patches"), ("entropy", "nats")):
+            means = " ".join(f"{torch.tensor(heads).mean():5.2f}" for heads in model[key])
+            print(f"  {key:9} {means}   {unit}; uniform attention has "
+                  f"{model[f'{key}_uniform']:.2f}")
+        if model["name"] != reference:
+            last = between[f"{reference} | {model['name']}"][-1]
+            print("  CKA       " + " ".join(f"{x:5.2f}" for x in last)
+                  + f"   with the output of {reference}: from the input of block 1 to the output")
+    print("distance: times the patch size in pixels; the paper's axis shows 14 times the patches")
+
+
+def find_query(text, vit):
+    """Number of the patch "row,column", or of the middle one."""
+    rows, columns = vit.grid
+    if text is None:
+        return rows // 2 * columns + columns // 2
+    match = re.fullmatch(r"(\d+),(\d+)", text)
+    if not match or int(match[1]) >= rows or int(match[2]) >= columns:
+        raise InputError(f"--patch {text}: write ROW,COLUMN, from 0,0 to {rows - 1},{columns - 1}")
+    return int(match[1]) * columns + int(match[2])
+
+
+# ===================================================================================== command line
+
+
+def make_parser():
+    parser = Parser(prog="python -m experiments.analyze", allow_abbrev=False,
+                    description="Attention distance and entropy, CKA, attention maps, mixers.")
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="encoders: whatever dmae.py takes as --teacher "
+        "or finetune.py as --init, x.pth or x.pth:3 to give its heads")
+    add("--teacher", metavar="FILE", help="one more, whose attention the students' mixers predict")
+    add("--data", default="shapes", metavar="DIR|NAME", help="its test images: val/ of a folder "
+        "that has one, else all of it [shapes]")
+    add("--data-dir", default="data", metavar="DIR", help="where named sets lie [data]")
+    add("--images", type=int, metavar="N", help="a sample of N [1100, or all there are]")
+    add("--batch-size", type=int, default=64, metavar="N", help="images in a minibatch of CKA, "
+        "4 or more [64]")
+    add("--block", type=int, metavar="K", help="whose attention is drawn, from 1 [the "
+        "last of each]")
+    add("--patch", metavar="ROW,COLUMN", help="whose attention is drawn, from 0 [the middle one]")
+    add("--pictures", type=int, default=3, metavar="N", help="images with attention maps [3]")
+    add("--seed", type=int, default=0, metavar="N", help="of the sample [0]")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
+        help="processes decoding image files [cores, at most 8]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, ... [cuda if there is one]")
+    add("--out", default="analysis", metavar="DIR", help="the folder to write to [analysis]")
+    add("--overwrite", action="store_true", help="replace the analysis that is in --out")
+    return parser
+
+
+def main(argv=None):
+    """The command line; returns the numbers, as in analysis.json."""
+    parser = make_parser()
+    s = parser.parse_args(argv)
+    with one_line_errors(parser, {}):
+        return analyze(s)
+
+
+def analyze(s):
+    out = Path(s.out)
+    if (out / "analysis.json").exists() and not s.overwrite:
+        raise InputError(f"--out {out} holds an analysis: add --overwrite, or name another folder")
+    check(dict(device=s.device, seed=s.seed, workers=s.workers))
+    for flag, least in (("images", 4), ("batch_size", 4), ("pictures", 0)):
+        value = getattr(s, flag)
+        if value is not None and value < least:
+            raise InputError(f"--{flag.replace('_', '-')} {value}: must be {least} or more")
+    paths = s.files + [s.teacher] * (s.teacher is not None)
+    names, vits = names_of(paths), [load_vit(path).to(s.device) for path in paths]
+    for name, vit in zip(names, vits):
+        print(f"{name}: {vit.description}")
+        if s.block is not None and not 1 <= s.block <= vit.depth:
+            raise InputError(f"--block {s.block}: {name} has blocks 1 to {vit.depth}")
+    sources = [open_images(s.data, s.data_dir, vit, s.device, s.workers) for vit in vits]
+    count = min(1100, len(sources[0])) if s.images is None else s.images
+    if not s.batch_size <= count <= len(sources[0]):
+        raise InputError(f"{count} images: must be from {s.batch_size} (--batch-size) to the "
+                         f"{len(sources[0])} that {s.data} has")
+    queries = [find_query(s.patch, vit) for vit in vits]
+    sample = torch.randperm(len(sources[0]), generator=torch.Generator().manual_seed(s.seed))
+    out.mkdir(parents=True, exist_ok=True)
+
+    began = time.perf_counter()
+    distances, entropies, similarity = measure(vits, sources, sample[:count], s.batch_size)
+    seconds = time.perf_counter() - began
+    models = [dict(
+        name=name, file=str(path), description=vit.description, grid=list(vit.grid),
+        patch_size=vit.config["patch_size"], distance=distance.tolist(), entropy=entropy.tolist(),
+        distance_uniform=patch_distances(vit.grid).mean().item(),
+        entropy_uniform=math.log(math.prod(vit.grid)))
+        for name, path, vit, distance, entropy in zip(names, paths, vits, distances, entropies)]
+    ends = torch.tensor([0, *(vit.depth + 1 for vit in vits)]).cumsum(0).tolist()
+    between = {f"{a} | {b}": similarity[ends[i]:ends[i + 1], ends[j]:ends[j + 1]].tolist()
+               for i, a in enumerate(names) for j, b in enumerate(names) if j <= i}
+    numbers = dict(settings=vars(s) | dict(images=count), torch=torch.__version__, models=models,
+                   cka=between, mixers={})
+
+    students = [(name, *load_student(path)) for name, path in zip(names, s.files)]
+    pictures = [torch.cat(list(source.plain(sample[:s.pictures]))) if s.pictures else None
+                for source in sources]
+    mixed = {}
+    for (name, mae, mixers, match), images in zip(students, pictures):
+        if mae is not None and s.teacher is not None and s.pictures:
+            for pair, scores in mixed_scores(mae.to(s.device), mixers, match, s.teacher,
+                                             images).items():
+                numbers["mixers"][f"{name} {pair}"] = mixer_numbers(mixers[pair], *scores[1:])
+                mixed[name, pair] = scores
+    write(out / "analysis.json", lambda path: path.write_text(json.dumps(numbers, indent=1) + "\n"))
+
+    table(models, between, reference=names[-1])
+    print(f"{count} images through {len(vits)} encoder{'s' * (len(vits) > 1)} in {seconds:.1f} s: "
+          f"{count * len(vits) / seconds:.0f} images/s")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"in {out}: analysis.json; for figures, pip install matplotlib")
+        return numbers
+
+    draw_blocks(models, "distance", "patches", "uniform attention", out / "distance.png")
+    draw_blocks(models, "entropy", "nats", "uniform, the most", out / "entropy.png")
+    draw_cka(models, between, out / "cka.png")
+    if s.pictures:
+        views = [attention_views(vit, images, s.block or vit.depth, query)
+                 for vit, images, query in zip(vits, pictures, queries)]
+        heads = [f"head {h + 1}" for h in range(max(vit.config["heads"] for vit in vits))]
+        which = "the last block" if s.block is None else f"block {s.block}"
+        for kind, looks in (("class", "the class token"), ("patch", "the framed patch")):
+            rows = [(plain, of_class) if kind == "class" else (framed, of_patch)
+                    for image in zip(*views) for plain, framed, of_class, of_patch in image]
+            draw_maps(rows, heads, f"Where {looks} looks to, {which}",
+                      out / f"attention_{kind}.png", names * s.pictures)
+    for (name, mae, _, _), images in zip(students, pictures):
+        if mae is not None and s.pictures:
+            draw_reconstructions(mae, images, name, out / f"reconstruction_{name}.png")
+    for (name, pair), scores in mixed.items():
+        label = f"{name} {pair.replace(':', '-')}"
+        draw_mixer(numbers["mixers"][f"{name} {pair}"], f"{name}, blocks {pair}",
+                   out / f"mixer_{label}.png")
+        vit, query = dict(zip(names, vits))[name], dict(zip(names, queries))[name]
+        draw_mixed(vit, scores, query, label, out / f"scores_{label}.png")
+    print(f"in {out}: analysis.json and {len(list(out.glob('*.png')))} figures")
+    return numbers
+
+
+if __name__ == "__main__":
+    main()
