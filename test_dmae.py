@@ -2246,10 +2246,12 @@ def test_mixed_scores_are_those_that_the_distance_compares(run, teacher, tmp_pat
     ours, mixed, theirs = analyze.mixed_scores(mae, mixers, match, teacher, images)["4:3"]
     model = DMAE(mae, load_vit(teacher), [(4, 3)])
     expected = model.distance(ours, theirs, mixers["4:3"]).item()
-    numbers = analyze.mixer_numbers(mixers["4:3"], mixed, theirs)
+    numbers = analyze.mixer_numbers(mixers["4:3"], mixed, theirs, (4, 4))
     assert np.mean(numbers["mse"]) == pytest.approx(expected, rel=1e-4)
     assert numbers["correlation"][1] == pytest.approx(
         np.corrcoef(mixed[:, 1].flatten(), theirs[:, 1].flatten())[0, 1], abs=1e-4)
+    heads = analyze.attention_distance(theirs, (4, 4)).mean(0).tolist()
+    assert numbers["distance_teacher"] == heads and numbers["distance_mixed"] != heads
     zeros = theirs.square().mean().item()
     assert np.mean(numbers["mse_of_zeros"]) == pytest.approx(zeros, rel=1e-4)
 

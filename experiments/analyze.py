@@ -49,7 +49,7 @@ def attention_distance(scores, grid):
 
 def attention_entropy(scores):
     """-sum a ln a over keys of the same attention, in nats, mean over queries: (b, h)."""
-    logs = scores[:, :, 1:, 1:].log_softmax(dim=-1)
+    logs = scores[:, :, 1:, 1:].contiguous().log_softmax(dim=-1)      # twice as fast as of a view
     return -(logs.exp() * logs).sum(dim=-1).mean(dim=-1)
 
 
@@ -149,7 +149,8 @@ def open_images(data, data_dir, vit, device, workers):
 @torch.no_grad()
 def mixed_scores(mae, mixers, match, teacher_file, images):
     """The student's attention through M beside the teacher's, for each pair of blocks that a mixer
-    of heads belongs to: {"i:j": (ours, mixed, theirs)}, (b, s, n, n), (b, t, n, n) twice."""
+    of heads belongs to: {"i:j": (ours, mixed, theirs)}, (b, s, n, n), (b, t, n, n) twice. After
+    the softmax, if that is what `match` says."""
     out = {}
     for pair, M in mixers.items():
         i, j = map(int, pair.split(":"))
@@ -167,13 +168,16 @@ def mixed_scores(mae, mixers, match, teacher_file, images):
     return out
 
 
-def mixer_numbers(M, mixed, theirs):
+def mixer_numbers(M, mixed, theirs, grid):
     """What M has come to, per head of the teacher: the distance trained on, that of predicting
-    nothing but zeros, and the correlation over all pairs of tokens."""
+    nothing but zeros, the correlation over all pairs of tokens; attention distance, as above, of
+    the mixed scores and of the teacher's."""
     a, b = (rearrange(x, "b t q k -> t (b q k)").double() for x in (mixed, theirs))
     correlation = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(a, b)]
     return dict(M=M.tolist(), mse=(a - b).square().mean(1).tolist(),
-                mse_of_zeros=b.square().mean(1).tolist(), correlation=correlation)
+                mse_of_zeros=b.square().mean(1).tolist(), correlation=correlation,
+                distance_mixed=attention_distance(mixed, grid).mean(dim=0).tolist(),
+                distance_teacher=attention_distance(theirs, grid).mean(dim=0).tolist())
 
 
 # ========================================================================================== figures
@@ -316,7 +320,7 @@ def draw_mixed(vit, scores, query, title, path):
               path, ["student", "through M", "teacher"])
 
 
-def table(models, between, reference):
+def table(models, between, mixers, reference):
     """A few numbers of each model on stdout: means over heads, block by block."""
     for model in models:
         print(model["name"])
@@ -328,6 +332,12 @@ def table(models, between, reference):
             last = between[f"{reference} | {model['name']}"][-1]
             print("  CKA       " + " ".join(f"{x:5.2f}" for x in last)
                   + f"   with the output of {reference}: from the input of block 1 to the output")
+    for pair, numbers in mixers.items():
+        mean = {key: torch.tensor(numbers[key]).mean().item() for key in numbers if key != "M"}
+        print(f"{pair} through M: mean square {mean['mse']:.3f} from the teacher's scores, where "
+              f"zeros have {mean['mse_of_zeros']:.3f}; correlation {mean['correlation']:.2f}; "
+              f"distance {mean['distance_mixed']:.2f}, the teacher's "
+              f"{mean['distance_teacher']:.2f}")
     print("distance: times the patch size in pixels; the paper's axis shows 14 times the patches")
 
 
@@ -420,18 +430,19 @@ def analyze(s):
                    cka=between, mixers={})
 
     students = [(name, *load_student(path)) for name, path in zip(names, s.files)]
-    pictures = [torch.cat(list(source.plain(sample[:s.pictures]))) if s.pictures else None
-                for source in sources]
     mixed = {}
-    for (name, mae, mixers, match), images in zip(students, pictures):
-        if mae is not None and s.teacher is not None and s.pictures:
-            for pair, scores in mixed_scores(mae.to(s.device), mixers, match, s.teacher,
-                                             images).items():
-                numbers["mixers"][f"{name} {pair}"] = mixer_numbers(mixers[pair], *scores[1:])
-                mixed[name, pair] = scores
+    for (name, mae, mixers, match), source in zip(students, sources):
+        if mae is None or s.teacher is None:
+            continue
+        images = torch.cat(list(source.plain(sample[:min(count, 64)])))
+        for pair, scores in mixed_scores(mae.to(s.device), mixers, match, s.teacher,
+                                         images).items():
+            mixed[name, pair] = scores
+            numbers["mixers"][f"{name} {pair}"] = mixer_numbers(
+                mixers[pair], *scores[1:], mae.encoder.grid)
     write(out / "analysis.json", lambda path: path.write_text(json.dumps(numbers, indent=1) + "\n"))
 
-    table(models, between, reference=names[-1])
+    table(models, between, numbers["mixers"], reference=names[-1])
     print(f"{count} images through {len(vits)} encoder{'s' * (len(vits) > 1)} in {seconds:.1f} s: "
           f"{count * len(vits) / seconds:.0f} images/s")
     if importlib.util.find_spec("matplotlib") is None:
@@ -441,6 +452,8 @@ def analyze(s):
     draw_blocks(models, "distance", "patches", "uniform attention", out / "distance.png")
     draw_blocks(models, "entropy", "nats", "uniform, the most", out / "entropy.png")
     draw_cka(models, between, out / "cka.png")
+    pictures = [torch.cat(list(source.plain(sample[:s.pictures]))) if s.pictures else None
+                for source in sources]
     if s.pictures:
         views = [attention_views(vit, images, s.block or vit.depth, query)
                  for vit, images, query in zip(vits, pictures, queries)]
