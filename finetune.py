@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-from data import PHOTOS, SETS, InputError, mix, open_data
+from data import PHOTOS, SETS, InputError, mix, open_data, seeded
 from dmae import (
     KNN, PRESETS, Parser, ViT, add_machine_flags, check, check_outside, check_vacant, epoch_order,
     first_process_first, join_processes, learning_rate, load_checkpoint, load_vit, new_vit,
@@ -184,13 +184,6 @@ def load_classifier(path):
 
 
 # ===================================================================================== augmentation
-
-
-def seeded(seed, transform, *inputs):
-    """transform(*inputs); torchvision draws from the global generator, which is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return transform(*inputs)
 
 
 class RandAugment:

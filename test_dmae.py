@@ -747,6 +747,7 @@ def test_augment_flips_the_chosen_images_and_no_others(tmp_path):
     assert torch.equal(image_folder(tmp_path, row=row).augment(images, flip), expected)
 
 
+@pytest.mark.filterwarnings("ignore:The image decoding")
 def test_read_image_understands_every_kind_of_pixel(tmp_path):
     rgba = noise(5, 7, 4).numpy()
     rgb, grey, alpha = rgba[..., :3], rgba[..., :1], rgba[..., 3:] / 255
@@ -779,7 +780,23 @@ def test_read_image_understands_every_kind_of_pixel(tmp_path):
     assert (data.read_image(tmp_path / "print.jpg") - red).abs().max() <= 8     # JPEG is lossy
 
 
-def test_read_image_names_the_file_that_cannot_be_decoded(tmp_path):
+@pytest.mark.filterwarnings("ignore:The image decoding")
+def test_pillow_alone_reads_the_same_pixels(tmp_path, monkeypatch):
+    colours = Image.fromarray(noise(9, 7, 3).numpy()).resize((70, 90))
+    for mode, exif in itertools.product(("RGB", "L", "CMYK"), (1, 3, 6, 8)):      # turned
+        head = struct.pack("<6s2sHIHHHIII", b"Exif", b"II", 42, 8, 1, 0x0112, 3, 1, exif, 0)
+        colours.convert(mode).save(tmp_path / f"{mode}{exif}.jpg", exif=head)
+    paths = sorted(tmp_path.iterdir())
+    (tmp_path / "trailing.jpg").write_bytes(paths[0].read_bytes() + b"more")
+    either = [data.read_image(path) for path in [*paths, tmp_path / "trailing.jpg"]]
+    monkeypatch.setattr(data, "decode_jpeg", None)
+    pillow = [data.read_image(path) for path in [*paths, tmp_path / "trailing.jpg"]]
+    assert all(torch.equal(a, b) for a, b in zip(either, pillow, strict=True))
+    assert {tuple(x.shape) for x in either} == {(3, 90, 70), (3, 70, 90)}
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding")
+def test_read_image_names_the_file_that_cannot_be_decoded(tmp_path, monkeypatch):
     # Pillow rewrites the EXIF of a picture that it turns, and stumbles if the width is a text.
     exif = struct.pack("<6s2sHIHHHIIHHI4sI", b"Exif", b"II", 42, 8, 2,
                        0x0112, 3, 1, 6, 0x0100, 2, 4, b"wide", 0)
@@ -787,7 +804,12 @@ def test_read_image_names_the_file_that_cannot_be_decoded(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "exif.jpg").read_bytes()[:1000])
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("not an image\n" * 100)
+    monkeypatch.setattr(data, "decode_jpeg", None)                   # which does not mind the EXIF
     for name in ("cut.jpg", "empty.png", "text.jpg", "exif.jpg"):
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / name))):
+            data.read_image(tmp_path / name)
+    monkeypatch.undo()
+    for name in ("cut.jpg", "text.jpg"):
         with pytest.raises(OSError, match=re.escape(str(tmp_path / name))):
             data.read_image(tmp_path / name)
 
@@ -2219,54 +2241,106 @@ def test_an_analysis_leaves_numbers_and_figures(run, teacher, folder, tmp_path, 
     assert np.shape(student["distance"]) == (4, 4) and np.shape(other["entropy"]) == (3, 3)
     assert student["entropy_uniform"] == pytest.approx(math.log(16))
     assert np.shape(saved["cka"]["teacher | plain"]) == (4, 5)
-    mixer = saved["mixers"]["plain 4:3"]
-    assert np.allclose(mixer["M"], weights(run)["mixers.4:3"])
+    assert np.allclose(saved["mixers"]["plain 4:3"], weights(run)["mixers.4:3"])
+    errors = saved["scores"]["plain"]
+    assert set(errors["masked"]) == {"zeros", "fitted", "learnt"} and errors["whole"]["mean_map"]
     pictures = {p.name for p in (tmp_path / "a").glob("*.png")}
     assert pictures == ({f"{name}.png" for name in (
         "distance", "entropy", "cka", "attention_class", "attention_patch", "reconstruction_plain",
-        "mixer_plain 4-3", "scores_plain 4-3")} if figures else set())
+        "mixer_plain 4-3", "scores_plain")} if figures else set())
+    assert set(saved["figures"]) == pictures
     assert ("pip install matplotlib" in output) != figures and "images/s" in output
     for name in pictures:
         picture = read_image(tmp_path / "a" / name).float()
         assert min(picture.shape[1:]) > 100 and picture.std() > 10
     before = (tmp_path / "a" / "analysis.json").read_bytes()
+    (tmp_path / "a" / "mine.png").touch()
     fails([run / "student.pth", "--out", tmp_path / "a"], "--overwrite", capsys, analyze)
     explored(run, teacher, folder, "--out", tmp_path / "a", "--overwrite", "--pictures", 0)
     assert json.loads(before)["models"] == json.loads(
         (tmp_path / "a" / "analysis.json").read_text())["models"]
+    left = {"distance.png", "entropy.png", "cka.png", "mixer_plain 4-3.png"} if figures else set()
+    assert {p.name for p in (tmp_path / "a").glob("*.png")} == left | {"mine.png"}
 
 
-def test_mixed_scores_are_those_that_the_distance_compares(run, teacher, tmp_path):
-    """On whole images: the mean square of the difference is DMAE's distance."""
-    mae, mixers, match = analyze.load_student(run / "student.pth")
-    assert match == "scores" and all(
-        torch.equal(p, weights(run)[f"decoder.{n}"]) for n, p in mae.state_dict().items()
-        if not n.startswith("encoder."))
-    images = torch.randn(3, 3, 16, 16, generator=torch.manual_seed(0))
-    ours, mixed, theirs = analyze.mixed_scores(mae, mixers, match, teacher, images)["4:3"]
-    model = DMAE(mae, load_vit(teacher), [(4, 3)])
-    expected = model.distance(ours, theirs, mixers["4:3"]).item()
-    numbers = analyze.mixer_numbers(mixers["4:3"], mixed, theirs, (4, 4))
-    assert np.mean(numbers["mse"]) == pytest.approx(expected, rel=1e-4)
-    assert numbers["correlation"][1] == pytest.approx(
-        np.corrcoef(mixed[:, 1].flatten(), theirs[:, 1].flatten())[0, 1], abs=1e-4)
-    heads = analyze.attention_distance(theirs, (4, 4)).mean(0).tolist()
-    assert numbers["distance_teacher"] == heads and numbers["distance_mixed"] != heads
-    zeros = theirs.square().mean().item()
-    assert np.mean(numbers["mse_of_zeros"]) == pytest.approx(zeros, rel=1e-4)
+def test_agreement_of_scores_is_the_distance_that_was_trained_on(run, teacher):
+    student = analyze.load_student(run / "student.pth")
+    assert student["match"] == "scores" and all(
+        torch.equal(p, weights(run)[f"decoder.{n}"])
+        for n, p in student["mae"].state_dict().items() if not n.startswith("encoder."))
+    images, M = torch.randn(6, 3, 16, 16, generator=torch.manual_seed(0)), student["mixers"]["4:3"]
+    vit = load_vit(run / "student.pth")
+    found, (ours, mixed, theirs) = analyze.agreement(vit, teacher, images, M)
+    model = DMAE(student["mae"], load_vit(teacher))
+    model.mixers["4:3"].data = M
+    noise = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
+    expected = model(images[3:], student["mae"].choose(noise)[3:])["attn"].item()
+    assert found["masked"]["learnt"] == pytest.approx(expected, rel=1e-4)
+    assert torch.allclose(torch.einsum("ts,bsqk->btqk", M, ours), mixed, atol=1e-5)
+    whole = model.teacher(model.teacher_images(images), scores=[3])[0][3]
+    assert torch.equal(theirs, whole[:1])
+    assert found["whole"]["zeros"] == pytest.approx(whole[3:].square().mean().item(), rel=1e-4)
+    mean_map = (whole[3:] - whole[:3].mean(0)).square().mean().item()
+    assert found["whole"]["mean_map"] == pytest.approx(mean_map, rel=1e-4)
+    # A teacher whose scores are a mixture of the student's own is fitted exactly.
+    mixture = torch.randn(3, 4)
+    assert torch.allclose(analyze.fit_mixer(ours, torch.einsum("ts,bsqk->btqk", mixture, ours)),
+                          mixture, atol=1e-3)
+
+
+def test_mixers_that_do_not_apply_are_not_used_and_said(run, teacher, folder, tmp_path, capsys):
+    main(arguments(folder, teacher, "--match", "probs", "--out", tmp_path / "probs"))
+    other = tmp_path / "other.pth"
+    save_student(other, MAE(ViT(32, 8, 3, 24, 3, 3), 16, 1, 2))
+    probs = tmp_path / "probs" / "student.pth"
+    for file, eyes, words in ((probs, teacher, "not between the scores"),
+                              (run / "student.pth", other, "another teacher")):
+        numbers = analyze.main([str(file), "--teacher", str(eyes), "--data", folder, "--pictures",
+                                "0", "--batch-size", "5", "--workers", "0", "--overwrite", "--out",
+                                str(tmp_path / "a")])
+        assert words in capsys.readouterr().out
+        assert "learnt" not in next(iter(numbers["scores"].values()))["masked"]
+
+
+def test_names_of_models_differ():
+    paths = ["a/x/student.pth", "b/x/student.pth", "x 2.pth.tar", "y.v1.pth", "y.v2.pth:3", "$.pth"]
+    assert analyze.names_of(paths) == ["x", "x 2", "x 2 2", "y.v1", "y.v2", "_"]
+
+
+def test_images_all_alike_have_no_cka(run, tmp_path, capsys):
+    for i in range(8):
+        write_images(tmp_path, f"same/{i}/0.png")
+    numbers = analyze.main([str(run / "student.pth"), "--data", str(tmp_path / "same"), "--workers",
+                            "0", "--batch-size", "4", "--pictures", "0", "--out",
+                            str(tmp_path / "a")])
+    text = (tmp_path / "a" / "analysis.json").read_text()
+    assert "NaN" not in text and "null" in text
+    assert math.isnan(numbers["cka"]["plain | plain"][0][0])
+    assert "CKA is undefined" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, words", [
     bad("neither a folder", "{student}", "--data", "petz"), bad("no file", "no.pth"),
-    bad("blocks 1 to 4", "{student}", "--block", "5"), bad("from 5", "{student}", "--images", "4"),
+    bad("blocks 1 to 4", "{student}", "--block", "5"),
+    bad("from --batch-size, 5", "{student}", "--images", "4"),
+    bad("decoder does not fit", "{broken}"), bad("not finite", "{nan}"),
+    bad("inside the data", "{student}", "--out", "{folder}/val/a"),
+    bad("cannot write", "{student}", "--out", "{student}/below"),
     bad("ROW,COLUMN, from 0,0 to 3,3", "{student}", "--patch", "4,0"),
-    bad("ROW,COLUMN", "{student}", "--patch", "centre"), bad("that .* has", "{student}",
-                                                             "--images", "99"),
-    bad("4 or more", "{student}", "--batch-size", "3"), bad("required", "--seed", "1"),
+    bad("ROW,COLUMN", "{student}", "--patch", "centre"),
+    bad("of the 16 that", "{student}", "--images", "99"),
+    bad("from 4 to", "{student}", "--batch-size", "3"), bad("required", "--seed", "1"),
     bad("device", "{student}", "--device", "toaster")])
-def test_bad_analysis_input_is_one_line(flags, words, run, folder, tmp_path, capsys, monkeypatch):
+def test_bad_analysis_input_is_one_line(flags, words, run, folder, tmp_path, capsys, monkeypatch,
+                                        tmp_path_factory):
     monkeypatch.chdir(tmp_path)
-    flags = [flag.format(student=run / "student.pth") for flag in flags]
+    files = tmp_path_factory.mktemp("files")
+    content = torch.load(run / "student.pth", weights_only=True)
+    torch.save(content | dict(decoder={}), files / "broken.pth")
+    content["model"]["norm.bias"][0] = math.nan
+    torch.save(content, files / "nan.pth")
+    flags = [flag.format(student=run / "student.pth", folder=folder, broken=files / "broken.pth",
+                         nan=files / "nan.pth") for flag in flags]
     if "--data" not in flags:
         flags += ["--data", folder]
     fails([*flags, *([] if "--batch-size" in flags else ["--batch-size", "5"])], words, capsys,

@@ -10,7 +10,7 @@ matplotlib is installed, figures beside it; prints a short table. Images are who
 masked. All that is measured comes from the encoders' ordinary forward pass.
 """
 
-import importlib.util
+import contextlib
 import json
 import math
 import os
@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from data import SETS, InputError, open_data
 from dmae import (
-    DMAE, MAE, Parser, as_rgb, check, load_vit, one_line_errors, read_weights, reconstructions,
-    split_heads, write)
+    DMAE, MAE, Parser, as_rgb, check, check_outside, file_hash, load_vit, one_line_errors,
+    read_weights, reconstructions, split_heads, write)
 
 # ========================================================================================= measures
 
@@ -113,71 +113,88 @@ def measure(vits, sources, indices, batch, piece=16):
 
 
 def load_student(path):
-    """What else is in this project's student.pth: (MAE, {"i:j": M}, what they match); for other
-    files (None, {}, "")."""
+    """What else is in this project's student.pth: dict(mae=MAE, mixers={"i:j": M}, match=what they
+    match, scores or another); None for other files."""
     path, _ = split_heads(path)
     content = read_weights(path)
-    if not {"model", "decoder", "config"} <= content.keys():
-        return None, {}, ""
+    if not {"model", "decoder", "mixers", "config"} <= content.keys():
+        return None
     keys = ("decoder_width", "decoder_depth", "decoder_heads", "mask_ratio", "norm_pix",
             "decode_after")
-    mae = MAE(load_vit(path), **{key: content["config"][key] for key in keys})
-    encoder = {f"encoder.{name}": tensor for name, tensor in content["model"].items()}
-    mae.load_state_dict(encoder | content["decoder"])
-    return mae.eval(), content["mixers"], content["config"].get("match", "scores")
+    try:
+        mae = MAE(load_vit(path), **{key: content["config"][key] for key in keys})
+        encoder = {f"encoder.{name}": tensor for name, tensor in content["model"].items()}
+        mae.load_state_dict(encoder | content["decoder"])
+    except (LookupError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} looks like a student.pth, but its decoder does not fit its "
+                         "config: write it anew with dmae.py") from error
+    match = content["config"].get("match", "scores")
+    return dict(mae=mae.eval(), mixers=content["mixers"], match=match)
 
 
 def names_of(paths):
-    """Short names: the folder of a student.pth or model.pth, else the file; numbered if equal."""
-    paths = [split_heads(path)[0] for path in paths]
-    names = [path.resolve().parent.name if path.name in ("student.pth", "model.pth")
-             else path.name.split(".")[0] for path in paths]
-    return [name if names.count(name) == 1 else f"{name} {i + 1}" for i, name in enumerate(names)]
+    """Short names, each different: the folder of a student.pth or model.pth, else the file."""
+    names = []
+    for path in (split_heads(path)[0] for path in paths):
+        name = (path.resolve().parent.name if path.name in ("student.pth", "model.pth")
+                else re.sub(r"(\.pth|\.tar|\.safetensors)+$", "", path.name)).replace("$", "_")
+        number = 1
+        while name + f" {number}" * (number > 1) in names:
+            number += 1
+        names.append(name + f" {number}" * (number > 1))
+    return names
 
 
 def open_images(data, data_dir, vit, device, workers):
     """Images to look at, as `vit` takes them: a test split, or all of a folder without one."""
     row = SETS.get(data, SETS["folder"])
     if vit.config["channels"] not in (row["channels"], 3):
-        raise InputError(f"an encoder of grey images cannot see the colour images of {data}")
+        raise InputError(f"an encoder of {vit.config['channels']}-channel images cannot see those "
+                         f"of {data}, which have {row['channels']}")
     row = dict(mean=vit.config["mean"], std=vit.config["std"], crop_scale=1.0)
     train, test = open_data(data, row, tuple(vit.config["image_size"]), data_dir, device=device,
                             workers=workers)
     return test or train
 
 
+def fit_mixer(ours, theirs):
+    """The M (t, s) for which M ours is nearest to theirs: scores (b, s, n, n), (b, t, n, n)."""
+    a, b = (rearrange(x, "b h q k -> h (b q k)").double() for x in (ours, theirs))
+    return torch.linalg.lstsq(a @ a.T, a @ b.T).solution.T.float()
+
+
+def through(M, scores):
+    return einsum(M.to(scores), scores, "t s, b s q k -> b t q k")
+
+
 @torch.no_grad()
-def mixed_scores(mae, mixers, match, teacher_file, images):
-    """The student's attention through M beside the teacher's, for each pair of blocks that a mixer
-    of heads belongs to: {"i:j": (ours, mixed, theirs)}, (b, s, n, n), (b, t, n, n) twice. After
-    the softmax, if that is what `match` says."""
-    out = {}
-    for pair, M in mixers.items():
-        i, j = map(int, pair.split(":"))
-        teacher = load_vit(teacher_file).to(images.device)
-        heads = teacher.config["heads"], mae.encoder.config["heads"]
-        if tuple(M.shape) != heads or i > mae.encoder.depth or j > teacher.depth:
-            continue                 # of tokens, of D2-MAE's extra block, or of another teacher
-        model = DMAE(mae, teacher, [(i, j)])
-        ours = mae.encoder(images, scores=[i])[0][i]
-        theirs = teacher(model.teacher_images(images), scores=[j])[0][j]
-        if match == "probs":
-            ours, theirs = ours.softmax(dim=-1), theirs.softmax(dim=-1)
-        mixed = einsum(M.to(ours), ours, "t s, b s q k -> b t q k")
-        out[pair] = ours, mixed, theirs
-    return out
+def agreement(vit, teacher_file, images, learnt=None):
+    """How near the scores of the last block are to those of the teacher's, through a mixer.
 
-
-def mixer_numbers(M, mixed, theirs, grid):
-    """What M has come to, per head of the teacher: the distance trained on, that of predicting
-    nothing but zeros, the correlation over all pairs of tokens; attention distance, as above, of
-    the mixed scores and of the teacher's."""
-    a, b = (rearrange(x, "b t q k -> t (b q k)").double() for x in (mixed, theirs))
-    correlation = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(a, b)]
-    return dict(M=M.tolist(), mse=(a - b).square().mean(1).tolist(),
-                mse_of_zeros=b.square().mean(1).tolist(), correlation=correlation,
-                distance_mixed=attention_distance(mixed, grid).mean(dim=0).tolist(),
-                distance_teacher=attention_distance(theirs, grid).mean(dim=0).tolist())
+    Mean squares over the second half of the images, under a mask of 75 %, as in training, and on
+    whole images: `zeros`, of predicting nothing; `mean_map`, the teacher's scores averaged over the
+    first half, blind to the image (whole ones only); `fitted`, the mixer that is best on the first
+    half; `learnt`, the student's own. Returns these, and (ours, mixed, theirs) of the first image,
+    through the learnt mixer if there is one."""
+    teacher = load_vit(teacher_file).to(images.device)
+    pair = DMAE(MAE(vit, decoder_width=4, decoder_depth=0, decoder_heads=1), teacher)
+    noise = torch.rand(len(images), math.prod(vit.grid), generator=torch.Generator().manual_seed(0))
+    half, out = len(images) // 2, {}
+    for kind, ids_keep in (("masked", pair.student.choose(noise.to(images.device))),
+                           ("whole", None)):
+        ours = vit(images, ids_keep, scores=[vit.depth])[0][vit.depth]
+        theirs = teacher(pair.teacher_images(images), ids_keep, scores=[teacher.depth])[0][
+            teacher.depth]
+        fitted = fit_mixer(ours[:half], theirs[:half])
+        guesses = dict(zeros=torch.zeros_like(theirs[:1]), fitted=through(fitted, ours))
+        if kind == "whole":
+            guesses["mean_map"] = theirs[:half].mean(dim=0, keepdim=True)
+        if learnt is not None:
+            guesses["learnt"] = through(learnt, ours)
+        out[kind] = {name: (guess[-half:] - theirs[-half:]).square().mean().item()
+                     for name, guess in guesses.items()}
+    M = fitted if learnt is None else learnt
+    return out, (ours[:1], through(M, ours[:1]), theirs[:1])
 
 
 # ========================================================================================== figures
@@ -213,6 +230,8 @@ def draw_cka(models, similarity, path):
     """Each pair of models, and each with itself: blocks of one against blocks of the other."""
     from matplotlib.figure import Figure
     count = len(models)
+    least = min((x for values in similarity.values() for row in values for x in row
+                 if math.isfinite(x)), default=0)
     figure = Figure(figsize=(2.3 * count + 1.2, 2.3 * count + 0.5), layout="constrained")
     panels = figure.subplots(count, count, squeeze=False)
     for i, row in enumerate(panels):
@@ -222,13 +241,15 @@ def draw_cka(models, similarity, path):
                 continue
             values = similarity[f"{models[i]['name']} | {models[j]['name']}"]
             image = panel.imshow(
-                values, vmin=0, vmax=1, origin="lower", cmap="magma", aspect="auto")
+                values, vmin=least, vmax=1, origin="lower", cmap="magma", aspect="auto")
             panel.set(xlabel=models[j]["name"] if i == count - 1 else "",
                       ylabel=models[i]["name"] if j == 0 else "",
-                      xticks=range(len(values[0])), yticks=range(len(values)))
+                      xticks=range(len(values[0])), yticks=range(len(values)),
+                      xticklabels=[*range(1, len(values[0])), "out"],
+                      yticklabels=[*range(1, len(values)), "out"])
             panel.tick_params(labelsize=6)
     figure.colorbar(image, ax=panels, shrink=0.6, label="CKA")
-    figure.suptitle("CKA of patch tokens: 0 the input of block 1, ..., last the final output")
+    figure.suptitle("CKA of patch tokens: the input of each block, and the final output")
     save(figure, path)
 
 
@@ -239,10 +260,10 @@ def draw_maps(rows, columns, title, path, row_names):
     figure = Figure(figsize=(1.0 * (len(columns) + 1) + 0.9, 1.05 * len(rows) + 0.7),
                     layout="constrained")
     panels = figure.subplots(len(rows), len(columns) + 1, squeeze=False)
-    height, width = rows[0][1].shape[1:]
-    for panel in panels.flatten():
-        panel.set(xticks=[], yticks=[], frame_on=False, box_aspect=height / width)
     for line, (picture, maps), name in zip(panels, rows, row_names):
+        for panel in line:
+            panel.set(xticks=[], yticks=[], frame_on=False,
+                      box_aspect=maps.shape[1] / maps.shape[2])
         if picture is not None:
             line[0].imshow(picture.permute(1, 2, 0).numpy())
         line[0].set_ylabel(name, fontsize=8)
@@ -291,19 +312,16 @@ def attention_views(vit, images, block, query):
     return list(zip(plain, framed, class_maps, patch_maps))
 
 
-def draw_mixer(numbers, title, path):
+def draw_mixer(M, title, path):
     """M: a row for each head of the teacher, a column for each of the student."""
     from matplotlib.figure import Figure
-    M = torch.tensor(numbers["M"])
-    figure = Figure(figsize=(0.6 * M.shape[1] + 2.6, 0.42 * M.shape[0] + 1.4), layout="constrained")
+    figure = Figure(figsize=(0.6 * M.shape[1] + 2.2, 0.42 * M.shape[0] + 1.4), layout="constrained")
     panel, most = figure.subplots(), M.abs().max().item()
     image = panel.imshow(M.numpy(), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-    panel.set(title=f"M of {title}", xlabel="head of the student",
-              ylabel="head of the teacher\n(correlation of the scores)",
+    panel.set(title=f"M of {title}", xlabel="head of the student", ylabel="head of the teacher",
               xticks=range(M.shape[1]), xticklabels=range(1, M.shape[1] + 1),
-              yticks=range(M.shape[0]), yticklabels=[
-                  f"{t + 1}  ({r:.2f})" for t, r in enumerate(numbers["correlation"])])
-    for t, row in enumerate(numbers["M"]):
+              yticks=range(M.shape[0]), yticklabels=range(1, M.shape[0] + 1))
+    for t, row in enumerate(M.tolist()):
         for s, value in enumerate(row):
             panel.text(s, t, f"{value:.2f}", ha="center", va="center", fontsize=7,
                        color="white" if abs(value) > 0.6 * most else "black")
@@ -311,16 +329,16 @@ def draw_mixer(numbers, title, path):
     save(figure, path)
 
 
-def draw_mixed(vit, scores, query, title, path):
-    """Scores of one patch of the first image to all: the student's, through M, the teacher's."""
+def draw_mixed(vit, view, scores, query, title, path):
+    """Scores of the framed patch of one image: the student's, through the mixer, the teacher's."""
     maps = [rearrange(x[0, :, 1 + query, 1:].cpu(), "h (gh gw) -> h gh gw", gh=vit.grid[0])
             for x in scores]
     heads = [f"head {h + 1}" for h in range(max(map(len, maps)))]
-    draw_maps([(None, x) for x in maps], heads, f"Scores of one patch to all others, {title}",
-              path, ["student", "through M", "teacher"])
+    draw_maps([(view[1], x) for x in maps], heads, f"{title}: scores of the framed patch to all "
+              "others, last block, before the softmax", path, ["student", "through M", "teacher"])
 
 
-def table(models, between, mixers, reference):
+def table(models, between, agreements, reference):
     """A few numbers of each model on stdout: means over heads, block by block."""
     for model in models:
         print(model["name"])
@@ -332,12 +350,9 @@ def table(models, between, mixers, reference):
             last = between[f"{reference} | {model['name']}"][-1]
             print("  CKA       " + " ".join(f"{x:5.2f}" for x in last)
                   + f"   with the output of {reference}: from the input of block 1 to the output")
-    for pair, numbers in mixers.items():
-        mean = {key: torch.tensor(numbers[key]).mean().item() for key in numbers if key != "M"}
-        print(f"{pair} through M: mean square {mean['mse']:.3f} from the teacher's scores, where "
-              f"zeros have {mean['mse_of_zeros']:.3f}; correlation {mean['correlation']:.2f}; "
-              f"distance {mean['distance_mixed']:.2f}, the teacher's "
-              f"{mean['distance_teacher']:.2f}")
+        for kind, errors in agreements.get(model["name"], {}).items():
+            print(f"  scores    {kind}: mean square from the teacher's "
+                  + ", ".join(f"{name.replace('_', ' ')} {x:.3f}" for name, x in errors.items()))
     print("distance: times the patch size in pixels; the paper's axis shows 14 times the patches")
 
 
@@ -367,7 +382,7 @@ def make_parser():
     add("--data-dir", default="data", metavar="DIR", help="where named sets lie [data]")
     add("--images", type=int, metavar="N", help="a sample of N [1100, or all there are]")
     add("--batch-size", type=int, default=64, metavar="N", help="images in a minibatch of CKA, "
-        "4 or more [64]")
+        "4 or more; fewer for small sets [64]")
     add("--block", type=int, metavar="K", help="whose attention is drawn, from 1 [the "
         "last of each]")
     add("--patch", metavar="ROW,COLUMN", help="whose attention is drawn, from 0 [the middle one]")
@@ -392,89 +407,143 @@ def main(argv=None):
 
 def analyze(s):
     out = Path(s.out)
-    if (out / "analysis.json").exists() and not s.overwrite:
+    held = out / "analysis.json"
+    if held.exists() and not s.overwrite:
         raise InputError(f"--out {out} holds an analysis: add --overwrite, or name another folder")
     check(dict(device=s.device, seed=s.seed, workers=s.workers))
-    for flag, least in (("images", 4), ("batch_size", 4), ("pictures", 0)):
+    for flag, least, most in (("images", 4, 10**9), ("batch_size", 4, 10**6), ("pictures", 0, 20)):
         value = getattr(s, flag)
-        if value is not None and value < least:
-            raise InputError(f"--{flag.replace('_', '-')} {value}: must be {least} or more")
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
+
     paths = s.files + [s.teacher] * (s.teacher is not None)
     names, vits = names_of(paths), [load_vit(path).to(s.device) for path in paths]
-    for name, vit in zip(names, vits):
+    students = {name: load_student(path) for name, path in zip(names, s.files)}
+    for name, path, vit in zip(names, paths, vits):
         print(f"{name}: {vit.description}")
         if s.block is not None and not 1 <= s.block <= vit.depth:
             raise InputError(f"--block {s.block}: {name} has blocks 1 to {vit.depth}")
+        if not all(p.isfinite().all() for p in vit.parameters()):
+            raise InputError(f"{path} holds weights that are not finite: its training has failed")
     sources = [open_images(s.data, s.data_dir, vit, s.device, s.workers) for vit in vits]
+    check_outside(dict(out=s.out, data=s.data), sources[0])
     count = min(1100, len(sources[0])) if s.images is None else s.images
     if not s.batch_size <= count <= len(sources[0]):
-        raise InputError(f"{count} images: must be from {s.batch_size} (--batch-size) to the "
-                         f"{len(sources[0])} that {s.data} has")
+        raise InputError(f"{count} images of the {len(sources[0])} that {s.data} has: --images "
+                         f"must be from --batch-size, {s.batch_size}, to that")
     queries = [find_query(s.patch, vit) for vit in vits]
     sample = torch.randperm(len(sources[0]), generator=torch.Generator().manual_seed(s.seed))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if held.exists():
+            for figure in json.loads(held.read_text())["figures"]:
+                (out / figure).unlink(missing_ok=True)
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"--out {out}: cannot write there, or what it holds is no analysis; name "
+                         "another folder") from error
 
     began = time.perf_counter()
     distances, entropies, similarity = measure(vits, sources, sample[:count], s.batch_size)
     seconds = time.perf_counter() - began
     models = [dict(
-        name=name, file=str(path), description=vit.description, grid=list(vit.grid),
-        patch_size=vit.config["patch_size"], distance=distance.tolist(), entropy=entropy.tolist(),
-        distance_uniform=patch_distances(vit.grid).mean().item(),
+        name=name, file=str(path), sha256=file_hash(path), description=vit.description,
+        grid=list(vit.grid), patch_size=vit.config["patch_size"], distance=distance.tolist(),
+        entropy=entropy.tolist(), distance_uniform=patch_distances(vit.grid).mean().item(),
         entropy_uniform=math.log(math.prod(vit.grid)))
         for name, path, vit, distance, entropy in zip(names, paths, vits, distances, entropies)]
     ends = torch.tensor([0, *(vit.depth + 1 for vit in vits)]).cumsum(0).tolist()
     between = {f"{a} | {b}": similarity[ends[i]:ends[i + 1], ends[j]:ends[j + 1]].tolist()
                for i, a in enumerate(names) for j, b in enumerate(names) if j <= i}
-    numbers = dict(settings=vars(s) | dict(images=count), torch=torch.__version__, models=models,
-                   cka=between, mixers={})
 
-    students = [(name, *load_student(path)) for name, path in zip(names, s.files)]
-    mixed = {}
-    for (name, mae, mixers, match), source in zip(students, sources):
-        if mae is None or s.teacher is None:
+    # The last block's scores beside the teacher's, by a sample of at most 128 images.
+    agreements, shown, mixers = {}, {}, {}
+    for name, vit, source in zip(names, vits, sources):
+        student = students.get(name)
+        for pair, M in (student["mixers"] if student else {}).items():
+            mixers[f"{name} {pair}"] = M.tolist()
+        if s.teacher is None or name == names[-1]:
             continue
-        images = torch.cat(list(source.plain(sample[:min(count, 64)])))
-        for pair, scores in mixed_scores(mae.to(s.device), mixers, match, s.teacher,
-                                         images).items():
-            mixed[name, pair] = scores
-            numbers["mixers"][f"{name} {pair}"] = mixer_numbers(
-                mixers[pair], *scores[1:], mae.encoder.grid)
-    write(out / "analysis.json", lambda path: path.write_text(json.dumps(numbers, indent=1) + "\n"))
+        images = torch.cat(list(source.plain(sample[:min(count, 128)], 16)))
+        learnt = own_mixer(student, vit, vits[-1], s.teacher, name, s.files[names.index(name)])
+        agreements[name], shown[name] = agreement(vit, s.teacher, images, learnt)
+    settings = vars(s) | dict(images=count, images_for_scores=min(count, 128),
+                              images_for_cka=count // s.batch_size * s.batch_size)
+    numbers = dict(settings=settings, torch=torch.__version__, models=models, cka=between,
+                   scores=agreements, mixers=mixers, figures=[])
 
-    table(models, between, numbers["mixers"], reference=names[-1])
+    def write_numbers():          # null, where there is no number: NaN would be no JSON
+        text = json.dumps(finite(numbers), indent=1, allow_nan=False)
+        write(held, lambda path: path.write_text(text + "\n"))
+
+    write_numbers()
+    table(models, between, agreements, reference=names[-1])
+    if not torch.isfinite(similarity).all():
+        print("CKA is undefined where all images look alike to a block: null in analysis.json")
     print(f"{count} images through {len(vits)} encoder{'s' * (len(vits) > 1)} in {seconds:.1f} s: "
           f"{count * len(vits) / seconds:.0f} images/s")
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
         print(f"in {out}: analysis.json; for figures, pip install matplotlib")
         return numbers
 
     draw_blocks(models, "distance", "patches", "uniform attention", out / "distance.png")
     draw_blocks(models, "entropy", "nats", "uniform, the most", out / "entropy.png")
-    draw_cka(models, between, out / "cka.png")
-    pictures = [torch.cat(list(source.plain(sample[:s.pictures]))) if s.pictures else None
-                for source in sources]
+    draw_cka(models, finite(between, math.nan), out / "cka.png")
+    figures = ["distance.png", "entropy.png", "cka.png"]
     if s.pictures:
+        pictures = [torch.cat(list(source.plain(sample[:s.pictures]))) for source in sources]
         views = [attention_views(vit, images, s.block or vit.depth, query)
                  for vit, images, query in zip(vits, pictures, queries)]
         heads = [f"head {h + 1}" for h in range(max(vit.config["heads"] for vit in vits))]
-        which = "the last block" if s.block is None else f"block {s.block}"
+        which = "last block" if s.block is None else f"block {s.block}"
         for kind, looks in (("class", "the class token"), ("patch", "the framed patch")):
             rows = [(plain, of_class) if kind == "class" else (framed, of_patch)
                     for image in zip(*views) for plain, framed, of_class, of_patch in image]
-            draw_maps(rows, heads, f"Where {looks} looks to, {which}",
-                      out / f"attention_{kind}.png", names * s.pictures)
-    for (name, mae, _, _), images in zip(students, pictures):
-        if mae is not None and s.pictures:
-            draw_reconstructions(mae, images, name, out / f"reconstruction_{name}.png")
-    for (name, pair), scores in mixed.items():
-        label = f"{name} {pair.replace(':', '-')}"
-        draw_mixer(numbers["mixers"][f"{name} {pair}"], f"{name}, blocks {pair}",
-                   out / f"mixer_{label}.png")
-        vit, query = dict(zip(names, vits))[name], dict(zip(names, queries))[name]
-        draw_mixed(vit, scores, query, label, out / f"scores_{label}.png")
-    print(f"in {out}: analysis.json and {len(list(out.glob('*.png')))} figures")
+            figures.append(f"attention_{kind}.png")
+            draw_maps(rows, heads, f"Where {looks} looks to, {which}", out / figures[-1],
+                      names * s.pictures)
+        for name, images, vit, view, query in zip(names, pictures, vits, views, queries):
+            if students.get(name):
+                figures.append(f"reconstruction_{name}.png")
+                mae = students[name]["mae"].to(s.device)
+                draw_reconstructions(mae, images, name, out / figures[-1])
+            if name in shown:
+                figures.append(f"scores_{name}.png")
+                draw_mixed(vit, view[0], shown[name], query, name, out / figures[-1])
+    for name, M in mixers.items():
+        figures.append(f"mixer_{name.replace(':', '-')}.png")
+        draw_mixer(torch.tensor(M), name, out / figures[-1])
+    numbers["figures"] = figures
+    write_numbers()
+    print(f"in {out}: analysis.json and {len(figures)} figures")
     return numbers
+
+
+def own_mixer(student, vit, teacher, teacher_file, name, file):
+    """The student's M between the last blocks, or None; says why if it has one that is not used."""
+    if student is None or not student["mixers"]:
+        return None
+    M = student["mixers"].get(f"{vit.depth}:{teacher.depth}")
+    heads = teacher.config["heads"], vit.config["heads"]
+    config = split_heads(file)[0].parent / "config.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if json.loads(config.read_text())["teacher_sha256"] not in (None, file_hash(teacher_file)):
+            print(f"{name}: distilled from another teacher than {teacher_file}: its M is not used")
+            return None
+    if student["match"] != "scores" or M is None or tuple(M.shape) != heads:
+        print(f"{name}: its M is not between the scores of the last blocks: not used")
+        return None
+    return M
+
+
+def finite(x, missing=None):
+    """Nested lists and dictionaries with `missing` in the place of NaN and infinities."""
+    if isinstance(x, dict):
+        return {key: finite(value, missing) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [finite(value, missing) for value in x]
+    return missing if isinstance(x, float) and not math.isfinite(x) else x
 
 
 if __name__ == "__main__":
