@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import to_pil_image
 from torchvision.transforms.v2 import functional as TF
@@ -41,7 +42,10 @@ from data import SETS, InputError, read_image
 from dmae import (DMAE, MAE, Scores, ViT, knn_top1, learning_rate, load_vit, main,
                   parameter_groups, resolve, save_student, sincos_positions, split_heads,
                   train_step)
-from experiments import analyze
+from experiments import analyze, loader, speed
+
+# torchvision announces the end of its decoders; `read_image` does without them when it comes.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 
 # ============================================================================================ model
 # Fixed weights, images and masking noise, and what an independent implementation of the paper made
@@ -747,7 +751,6 @@ def test_augment_flips_the_chosen_images_and_no_others(tmp_path):
     assert torch.equal(image_folder(tmp_path, row=row).augment(images, flip), expected)
 
 
-@pytest.mark.filterwarnings("ignore:The image decoding")
 def test_read_image_understands_every_kind_of_pixel(tmp_path):
     rgba = noise(5, 7, 4).numpy()
     rgb, grey, alpha = rgba[..., :3], rgba[..., :1], rgba[..., 3:] / 255
@@ -780,7 +783,6 @@ def test_read_image_understands_every_kind_of_pixel(tmp_path):
     assert (data.read_image(tmp_path / "print.jpg") - red).abs().max() <= 8     # JPEG is lossy
 
 
-@pytest.mark.filterwarnings("ignore:The image decoding")
 def test_pillow_alone_reads_the_same_pixels(tmp_path, monkeypatch):
     colours = Image.fromarray(noise(9, 7, 3).numpy()).resize((70, 90))
     for mode, exif in itertools.product(("RGB", "L", "CMYK"), (1, 3, 6, 8)):      # turned
@@ -795,7 +797,6 @@ def test_pillow_alone_reads_the_same_pixels(tmp_path, monkeypatch):
     assert {tuple(x.shape) for x in either} == {(3, 90, 70), (3, 70, 90)}
 
 
-@pytest.mark.filterwarnings("ignore:The image decoding")
 def test_read_image_names_the_file_that_cannot_be_decoded(tmp_path, monkeypatch):
     # Pillow rewrites the EXIF of a picture that it turns, and stumbles if the width is a text.
     exif = struct.pack("<6s2sHIHHHIIHHI4sI", b"Exif", b"II", 42, 8, 2,
@@ -2346,6 +2347,66 @@ def test_bad_analysis_input_is_one_line(flags, words, run, folder, tmp_path, cap
     fails([*flags, *([] if "--batch-size" in flags else ["--batch-size", "5"])], words, capsys,
           analyze)
     assert not list(tmp_path.iterdir())
+
+
+# ============================================================================================ speed
+
+
+def test_counted_operations_are_those_that_a_step_does():
+    """Against PyTorch's counter, with a small teacher that it be quick."""
+    found = speed.count_flops("dmae", "tiny", "base", 196, 49, 768)
+    assert {k: round(v / 1e9, 2) for k, v in found.items()} == {
+        "teacher": 8.05, "student": 1.69, "decoder": 0.27}
+    s = argparse.Namespace(task="dmae", student="tiny", teacher="micro", image_size=224,
+                           patch_size=16, compile=False)
+    model, _ = speed.build("ours", s, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 224, 224))["loss"].backward()
+    expected = sum(speed.count_flops("dmae", "tiny", "micro", 196, 49, 768).values())
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
+
+
+def test_the_plain_way_computes_the_same(capsys, monkeypatch):
+    monkeypatch.setattr(speed, "best_product", lambda *_: 1e13)               # it takes seconds
+    lines = speed.main("--student nano --teacher micro --image-size 32 --patch-size 8 --batch-size "
+                       "6 --micro-batch 4 --steps 2 --against plain".split())
+    ours, plain = lines
+    assert ours["first_loss"] == pytest.approx(plain["first_loss"], rel=1e-4)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    assert ours["images_per_second"] > 0 and 0 < ours["share_of_best_product"] < 1
+    assert ours["recompiled"] == 0 and ours["ms_10"] <= ours["ms_per_step"] <= ours["ms_90"]
+    for task in ("mae", "finetune"):
+        line, = speed.main(f"--task {task} --student nano --image-size 32 --patch-size 8 "
+                           "--batch-size 4 --steps 1".split())
+        assert line["task"] == task and line["peak_memory_gb"] > 0
+
+
+def test_hugging_faces_way_is_given_the_same_images_and_noise():
+    pytest.importorskip("transformers")
+    s = argparse.Namespace(task="dmae", student="nano", teacher="micro", image_size=32,
+                           patch_size=8, compile=False)
+    model, _ = speed.build("hf", s, torch.device("cpu"))
+    images, noise_ = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    hidden = model.teacher(images, noise=noise_, output_hidden_states=True).hidden_states[-2]
+    scores = model.scores(model.teacher, hidden)
+    model.teacher.set_attn_implementation("eager")
+    attention = model.teacher(images, noise=noise_, output_attentions=True).attentions[-1]
+    assert torch.allclose(scores.softmax(dim=-1), attention, atol=1e-5)
+    assert model(images, noise_)["loss"].requires_grad
+
+
+def test_loader_measures_photograph_like_files(tmp_path, capsys):
+    loader.make_photographs(tmp_path, 2)
+    for path in tmp_path.rglob("*.jpg"):
+        assert 60_000 < path.stat().st_size < 110_000
+        assert Image.open(path).size == (500, 375)
+    line = loader.main(["--data", str(tmp_path), "--images", "2", "--rounds", "1"])
+    assert line == json.loads(capsys.readouterr().out) and line["files"] == 2
+    assert line["ours_over_usual_bicubic"] == pytest.approx(
+        line["ours"] / line["usual_bicubic"], abs=0.01)
+    fails(["--data", tmp_path / "class0"], "two or more folders", capsys, loader)
+    fails(["--rounds", "0"], "1 or more", capsys, loader)
+    fails(["--against", "hf", "--task", "mae"], "only for --task dmae", capsys, speed)
 
 
 # =================================================================================== real processes

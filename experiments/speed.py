@@ -69,7 +69,7 @@ def best_product(device, dtype, side):
     """Operations a second of the best of several products of square matrices."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = math.inf
-    for _ in range(12):
+    for _ in range(6):
         wait(device)
         began = time.perf_counter()
         a @ b
@@ -174,7 +174,9 @@ def build(way, s, device):
     for the first two."""
     torch.manual_seed(0)
     if s.task == "finetune":
-        classifier = Classifier(1000, s.image_size, s.patch_size, 3, *PRESETS[s.student][0])
+        width, depth, heads = PRESETS[s.student][0]
+        classifier = Classifier(1000, image_size=s.image_size, patch_size=s.patch_size,
+                                width=width, depth=depth, heads=heads)
         model = Supervised(plain(classifier) if way == "plain" else classifier)
         groups = layer_groups(classifier, 0.85, 0.05)
     elif way == "hf":
