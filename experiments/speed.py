@@ -16,7 +16,7 @@ patches and runs all of its blocks, softmax attention is spelt out everywhere. `
 teacher from Hugging Face's ViTMAE classes, with their fused attention.
 """
 
-import argparse
+import importlib.util
 import json
 import math
 import platform
@@ -308,6 +308,8 @@ def main(argv=None):
         check(dict(device=s.device, amp=s.amp, micro_batch=s.micro_batch))
         if "hf" in s.against and s.task != "dmae":
             raise InputError("--against hf: only for --task dmae")
+        if "hf" in s.against and not importlib.util.find_spec("transformers"):
+            raise InputError("--against hf: pip install transformers")
         lines = time_steps(s)
         for line in lines:
             print(json.dumps(line))
