@@ -968,6 +968,13 @@ def precision(s, device):
                            enabled=s.amp != "off"))
 
 
+def on_what(s, device, world):
+    """Device, precision, compilation and processes, in words."""
+    kind = dict(off="float32", bf16="bfloat16", fp16="float16")[s.amp]
+    return (f"{device}, {kind}{', compiled' if s.compile else ''}, "
+            f"{world} process{'es' * (world > 1)}")
+
+
 def replicate(model, s, device):
     """What to call in training: the model, compiled in place if asked, averaging its gradients over
     the processes if there are several."""
@@ -1171,9 +1178,7 @@ def pretrain(settings, teacher):
         say(f"  teacher   {teacher.description}")
         say(f"  distilled blocks {', '.join(model.mixers)} by {s.match}, alpha {s.alpha:g}")
     say(f"  training  effective batch {s.batch_size}, learning rate {peak:.3g}, {total} steps, "
-        f"{warmup} of them warm-up; {device}, "
-        f"{dict(off='float32', bf16='bfloat16', fp16='float16')[s.amp]}"
-        f"{', compiled' if s.compile else ''}, {world} process{'es' * (world > 1)}")
+        f"{warmup} of them warm-up; " + on_what(s, device, world))
     first, _ = next(pieces(0, next(iter(batches(0, count=1)))))
     say(f"  MAE loss of predicting nothing: {student.target(first)[0].square().mean():.3f}; "
         "learning begins below it")

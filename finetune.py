@@ -28,7 +28,7 @@ from data import PHOTOS, SETS, InputError, mix, open_data, seeded
 from dmae import (
     KNN, PRESETS, Parser, ViT, add_machine_flags, check, check_outside, check_vacant, epoch_order,
     first_process_first, join_processes, learning_rate, load_checkpoint, load_vit, new_vit,
-    one_line_errors, open_folder, pooled_features, precision, record, replicate, run_epoch,
+    on_what, one_line_errors, open_folder, pooled_features, precision, record, replicate, run_epoch,
     save_checkpoint, settings_of_the_run, train_step, write)
 
 # The paper's two recipes; every value has a flag. The learning rate is blr * batch / 256;
@@ -455,8 +455,9 @@ def open_encoder(settings):
 
 
 def check_channels(vit, data):
-    row = SETS.get(data, SETS["folder"])
-    if vit.config["channels"] not in (row["channels"], 3):
+    """Raise InputError unless `vit` can see these images; one of colour images can see grey."""
+    channels = SETS.get(data, SETS["folder"])["channels"]
+    if vit.config["channels"] not in (channels, 3):
         raise InputError(f"an encoder of grey images cannot see the colour images of {data}: "
                          "pre-train one on them")
 
@@ -598,9 +599,8 @@ def train_classifier(model, train, test, s, device, began, further=None):
     say(f"  recipe    {s.recipe}: {s.optimizer}, " + ", ".join(
         f"{key.replace('_', ' ')} {getattr(s, key):g}" for key in RECIPES["imagenet"]
         if key != "optimizer" and hasattr(s, key)))
-    say(f"  training  learning rate {peak:.3g}, {total} steps, {warmup} of them warm-up; {device}, "
-        f"{dict(off='float32', bf16='bfloat16', fp16='float16')[s.amp]}"
-        f"{', compiled' if s.compile else ''}, {world} process{'es' * (world > 1)}")
+    say(f"  training  learning rate {peak:.3g}, {total} steps, {warmup} of them warm-up; "
+        + on_what(s, device, world))
     for layer in sorted({group["layer"] for group in groups}):
         here = [group for group in groups if group["layer"] == layer]
         say(f"  layer {layer:<3} learning rate x {here[0]['scale']:.4f}; " + ", ".join(

@@ -22,10 +22,11 @@ import torch
 from einops import einsum, rearrange
 from tqdm import tqdm
 
-from data import SETS, InputError, open_data
+from data import InputError, open_data
 from dmae import (
     DMAE, MAE, Parser, as_rgb, check, check_outside, file_hash, load_vit, one_line_errors,
     read_weights, reconstructions, split_heads, write)
+from finetune import check_channels
 
 # ========================================================================================= measures
 
@@ -147,10 +148,7 @@ def names_of(paths):
 
 def open_images(data, data_dir, vit, device, workers):
     """Images to look at, as `vit` takes them: a test split, or all of a folder without one."""
-    row = SETS.get(data, SETS["folder"])
-    if vit.config["channels"] not in (row["channels"], 3):
-        raise InputError(f"an encoder of {vit.config['channels']}-channel images cannot see those "
-                         f"of {data}, which have {row['channels']}")
+    check_channels(vit, data)
     row = dict(mean=vit.config["mean"], std=vit.config["std"], crop_scale=1.0)
     train, test = open_data(data, row, tuple(vit.config["image_size"]), data_dir, device=device,
                             workers=workers)
