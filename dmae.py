@@ -49,6 +49,7 @@ from data import IMAGENET_MEAN, IMAGENET_STD, SETS, InputError, mix, open_data
 #                    encoder: width, depth, heads; decoder: width, depth, heads
 PRESETS = {
     "nano":  ((64, 4, 4), (32, 1, 2)),           # small students, on a CPU
+    "slim":  ((64, 6, 8), (32, 1, 2)),           # the student of experiments/study.py
     "micro": ((96, 4, 6), (48, 1, 3)),           # their teacher on `shapes`
     "mini":  ((128, 6, 8), (64, 1, 4)),          # their teacher on the other small sets
     "tiny":  ((192, 12, 12), (96, 1, 3)),        # the paper's: 12 heads, where DeiT-Tiny has 3

@@ -13,6 +13,7 @@ layer-wise learning rates, and the recipes.
 """
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -233,6 +234,19 @@ def stratified(labels, fraction, seed):
     return torch.cat(keep).sort().values
 
 
+def hold_out(train, count):
+    """(train without them, `count` of its images to test on): the same for every seed."""
+    if count >= len(train):
+        raise InputError(f"--holdout {count}: there are {len(train)} images to train on, and some "
+                         "must be left")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    test = copy.copy(train)
+    test.broken = type(train.broken)()
+    test.subset(order[:count].sort().values)
+    train.subset(order[count:].sort().values)
+    return train, test
+
+
 class Features:
     """Features computed once, in the place of images: the interface of SmallSet and Files."""
 
@@ -281,9 +295,9 @@ def evaluate(classifier, test, autocast, device):
 
 # Flags that make sense in every mode, and those that do in some; others are refused.
 COMMON = {"init", "data", "data_dir", "mode", "model", "image_size", "patch_size",
-          "label_fraction", "seed", "workers", "device", "amp", "out", "overwrite"}
+          "label_fraction", "holdout", "seed", "workers", "device", "amp", "out", "overwrite"}
 DEFAULTS = dict(
-    data="shapes", data_dir="data", image_size=None, label_fraction=1.0, seed=0,
+    data="shapes", data_dir="data", image_size=None, label_fraction=1.0, holdout=None, seed=0,
     workers=min(8, os.cpu_count() or 1), eval_every=1, micro_batch=None, block=None, pool="mean",
     bank=None, keep_blocks=None, freeze_blocks=None, resume=False, overwrite=False)
 MODES = {
@@ -314,6 +328,8 @@ def make_parser():
     add("--patch-size", type=int, metavar="N", help="of a model from scratch [as in dmae.py]")
     add("--label-fraction", type=float, metavar="X", help="train on this share of each class, "
         "drawn by the seed; take more epochs then [1]")
+    add("--holdout", type=int, metavar="N", help="test on N of the training images, taken out of "
+        "training, instead of the test set: to choose settings by [none]")
     add("--keep-blocks", type=int, metavar="K", help="keep the first K pre-trained blocks, begin "
         "the others anew; 0 keeps the embedding: are lower or higher layers of use? [all]")
     add("--freeze-blocks", type=int, metavar="K", help="do not train the embedding and the first "
@@ -417,7 +433,7 @@ def check_numbers(settings):
             ("epochs", 1, 10**6), ("end_lr", 0, 10), ("layer_decay", 0, 1), ("clip", 0, 10**6),
             ("randaugment", 0, 10), ("mixup", 0, 100), ("cutmix", 0, 100), ("erasing", 0, 1),
             ("smoothing", 0, 0.99), ("eval_every", 1, 10**6), ("bank", 1, 10**9),
-            ("image_size", 1, 4096)):
+            ("holdout", 1, 10**9), ("image_size", 1, 4096)):
         value = settings.get(key)
         if value is not None and not low <= value <= high:                          # nor is nan
             raise InputError(f"{flag(key)} {value}: must be a number from {low} to {high}")
@@ -530,6 +546,8 @@ def finetune(settings, vit):
     check_outside(settings, train, test)
     next(iter(test.plain(torch.arange(min(8, len(test))))))      # unreadable: now, not in an hour
     found, classes = (len(train), len(test)), len(train.classes)
+    if s.holdout:
+        train, test = hold_out(train, s.holdout)
     if s.label_fraction < 1:
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
     if s.mode != "knn":
@@ -543,7 +561,9 @@ def finetune(settings, vit):
     out = settings["out"] = s.out = open_folder(settings, "init", RUN_FILES)
 
     say(f"run {out}: {s.mode} on {s.data}, {found[0]:,} images to train on and {found[1]:,} to "
-        f"test on, {classes} classes" + f", {len(train):,} used" * (s.label_fraction < 1))
+        f"test on, {classes} classes"
+        + f", {len(test):,} of the first held out to test on" * bool(s.holdout)
+        + f", {len(train):,} used" * (s.label_fraction < 1))
     if s.data in PHOTOS and found != PHOTOS[s.data][:2]:
         say("  note      the paper has {:,} and {:,} images of these".format(*PHOTOS[s.data]))
     say(f"  loaded    {vit.description}" + ", norm not used" * (s.mode == "finetune"))
@@ -671,7 +691,7 @@ def report(s, line, train_images):
     """Print and return the result: the settings that tell runs apart, and the last `line` of the
     log."""
     keys = ("mode", "data", "init", "seed", "label_fraction", "recipe", "epochs", "batch_size",
-            "blr", "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank")
+            "blr", "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank", "holdout")
     keys += ("pool",) if s.mode != "finetune" else ()
     result = {key: getattr(s, key) for key in keys if getattr(s, key, None) is not None}
     result |= dict(train_images=train_images, out=str(s.out))

@@ -1,0 +1,399 @@
+"""Does distillation help? The paper's question at small scale, with error bars.
+
+    python -m experiments.study                           # MAE, D-MAE and the control, three seeds
+    python -m experiments.study --minutes 10              # a piece of it; the same again goes on
+    python -m experiments.study --data shapes --rows all --columns all
+    python -m experiments.study --rows grid --columns held-out --seeds 0      # how rates were chosen
+    python -m experiments.study --report                  # tables and figures of what there is
+
+A cell of the study is one run of dmae.py or finetune.py: a data set, a way to pre-train (row), a
+seed, and what is measured (column; `pretrain` is the pre-training itself). Each finished cell adds
+a line to results/study.jsonl and is not run again; runs lie under --runs and are resumed. Tables
+and figures come from that file alone. Two of these may run side by side, in the same folder: with
+one thread each (OMP_NUM_THREADS=1) they get as much done as one with two.
+
+One rule: a difference counts beyond two standard errors of its mean over seeds. Runs of the same
+seed had the same labels and the same order of images, so seeds are compared pair by pair.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+import dmae
+import finetune
+from dmae import InputError, Parser, one_line_errors
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "study.jsonl"
+
+# ======================================================================================= the study
+
+# For each data set: the flags of its teacher and of every student, and epochs of fine-tuning with
+# 1 %, 10 % and all of the labels. Each student sees 180,000 images, each teacher 480,000.
+DATA = {
+    "fashion-mnist": dict(
+        teacher="--student mini --epochs 8", student="--student slim --epochs 3 --blr 3e-3",
+        tuning=(60, 8, 1)),
+    "shapes": dict(
+        teacher="--student mini --epochs 24 --batch-size 128 --blr 3e-3",
+        student="--student slim --epochs 9 --batch-size 128 --blr 3e-3", tuning=(200, 20, 3)),
+}
+
+# The rows of the tables: a name, what the table says, and the flags of dmae.py.
+TEACHER, UNTRAINED = "--teacher {runs}/teacher/0/pretrain/student.pth", (
+    "--teacher {runs}/untrained-teacher/0/pretrain/student.pth")
+ROWS = {
+    "scratch": ("none (scratch)", None),
+    "mae": ("MAE", "--teacher none"),
+    "mae-long": ("MAE, as long as D-MAE and its teacher", "--teacher none --epochs {long}"),
+    "dmae": ("D-MAE, last block", TEACHER),
+    "untrained": ("D-MAE, untrained teacher", UNTRAINED),
+    "lower": ("D-MAE, block 3", TEACHER + " --layers 3:3"),
+    "every": ("D-MAE, all blocks", TEACHER + " --layers 1:1,2:2,3:3,4:4,5:5,6:6"),
+    "probs": ("D-MAE, after the softmax (alpha 100)", TEACHER + " --match probs --alpha 100"),
+    "hidden": ("D-MAE, hidden states", TEACHER + " --match hidden"),
+    "d2": ("D²-MAE", TEACHER + " --decoupled"),
+}
+# What the learning rate and alpha were chosen from: beside those of `mae` and `dmae` above.
+GRID = {
+    **{f"mae-blr-{blr}": (f"MAE, blr {blr}", f"--teacher none --blr {blr}")
+       for blr in ("1.5e-3", "6e-3")},
+    **{f"dmae-blr-{blr}": (f"D-MAE, blr {blr}", f"{TEACHER} --blr {blr}")
+       for blr in ("1.5e-3", "6e-3")},
+    **{f"dmae-alpha-{alpha}": (f"D-MAE, alpha {alpha}", f"{TEACHER} --alpha {alpha}")
+       for alpha in ("0.3", "3")},
+}
+# What others need, without a place in the main table.
+TEACHERS = {
+    "teacher": ("the teacher", "--teacher none"),
+    "untrained-teacher": ("the untrained teacher", "--teacher none --epochs 0"),
+}
+ALL_ROWS = ROWS | GRID | TEACHERS
+
+# The columns: flags of finetune.py.
+COLUMNS = {
+    "knn": ("k-NN", "--mode knn --bank 10000"),
+    "linear": ("linear", "--mode linear --eval-every 100"),
+    "1%": ("1 % labels", "--label-fraction 0.01 --epochs {0} --eval-every {0}"),
+    "10%": ("10 % labels", "--label-fraction 0.1 --epochs {1} --eval-every {1}"),
+    "all": ("all labels", "--epochs {2} --eval-every {2}"),
+}
+HELD_OUT = {"held-out": ("linear, held out", "--mode linear --holdout 5000 --eval-every 100")}
+# The first K blocks kept, the others begun anew; K = 6 is the column `1%` or `10%` itself.
+KEEP = {f"keep{k}-{share}": (f"{k} blocks kept, {share}", f"{COLUMNS[share][1]} --keep-blocks {k}")
+        for share in ("1%", "10%") for k in (0, 2, 4)}
+ALL_COLUMNS = COLUMNS | HELD_OUT | KEEP
+GROUPS = dict(rows=dict(all=ROWS, grid=GRID), columns=dict(all=COLUMNS, keep=KEEP))
+
+
+def command(s, data, row, seed, column):
+    """The program and the command line of a cell, without its --out."""
+    setting, runs = DATA[data], f"{s.runs}/{data}"
+    common = f" --data {data} --data-dir {s.data_dir} --seed {seed}"
+    if column == "pretrain":
+        own = setting["teacher" if row in TEACHERS else "student"].split()
+        new = ALL_ROWS[row][1].format(runs=runs, long=long_epochs(data)).split()
+        for flag, value in zip(own[::2], own[1::2]):     # a row's flags come before the data set's
+            new += [] if flag in new else [flag, value]
+        return dmae, new + common.split()
+    start = (f"--init {runs}/{row}/{seed}/pretrain/student.pth" if row != "scratch" else
+             "--init none" + " --model slim" * (row == "scratch"))
+    return finetune, (start + " " + ALL_COLUMNS[column][1].format(*setting["tuning"])
+                      + common).split()
+
+
+def long_epochs(data):
+    """As many epochs of plain MAE as take the time of teacher and D-MAE, from the lines."""
+    rows = {row: [line["minutes"] for line in read() if line["data"] == data
+                  and line["row"] == row and line["column"] == "pretrain"]
+            for row in ("teacher", "mae", "dmae")}
+    if not all(rows.values()):
+        return 0                                       # not to be run yet: see `needs`
+    teacher, mae, dmae_ = (statistics.mean(minutes) for minutes in rows.values())
+    epochs = int(DATA[data]["student"].split("--epochs ")[1].split()[0])
+    return round(epochs * (teacher + dmae_) / mae)
+
+
+def needs(row, seed, column):
+    """The cells, of the same data set, that must be there before this one."""
+    if column != "pretrain":
+        return [] if row == "scratch" else [(row, seed, "pretrain")]
+    if row == "mae-long":
+        return [("teacher", 0, "pretrain"), ("mae", seed, "pretrain"), ("dmae", seed, "pretrain")]
+    flags = ALL_ROWS[row][1]
+    return [(name, 0, "pretrain") for name in TEACHERS if f"/{name}/" in flags]
+
+
+# ========================================================================================= running
+
+
+def read(path=None):
+    path = RESULTS if path is None else path
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(s, data, row, seed, column, wait=False):
+    """Run or resume a cell, and what it needs, and append its line. What another process is at
+    is left to it (wait: until it has finished)."""
+    key = dict(data=data, row=row, seed=seed, column=column)
+
+    def done():
+        return any(key.items() <= line.items() for line in read())
+
+    if done():
+        return
+    for cell in needs(row, seed, column):
+        run(s, data, *cell, wait=True)
+    out = Path(s.runs, data, row, str(seed), column)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as lock:              # let go when the process ends, however
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return
+        if done():
+            return
+        program, argv = command(s, data, row, seed, column)
+        begun = {name for name in ("config.json", "checkpoint.pth") if (out / name).exists()}
+        again = ["--resume"] if len(begun) == 2 else ["--overwrite"] if begun else []
+        print(f"--- {data}, {row}, seed {seed}, {column}", flush=True)
+        began = time.time()
+        result = program.main(argv + ["--out", str(out)] + again)
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        line = dict(key)
+        if column == "pretrain":
+            keys = ("epoch", "loss", "mae", "attn", "knn")
+            line["curve"] = [{k: x[k] for k in keys if k in x} for x in log]
+            line["knn_pixels"] = log[0]["knn_pixels"]
+            config = json.loads((out / "config.json").read_text())["settings"]
+            steps = [b["step"] - a["step"] for a, b in zip(log, log[1:])]
+            line["images"] = sum(steps) * config["batch_size"]
+            line["minutes"] = sum(n * config["batch_size"] / x["images_per_second"] / 60
+                                  for n, x in zip(steps, log[1:]))
+        else:
+            line |= {k: result[k] for k in ("top1", "train_images", "minutes")}
+        line |= dict(
+            command=" ".join([f"python {program.__name__}.py", *argv]), commit=commit(),
+            date=time.strftime("%Y-%m-%d", time.gmtime(began)), torch=torch.__version__,
+            threads=torch.get_num_threads())
+        with open(RESULTS, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(json.dumps(line) + "\n")
+
+
+def commit():
+    """The commit that runs, with a + where the core was changed since; None outside of git."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True,
+                              text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "../dmae.py", "../finetune.py", "../data.py")
+    return (git("rev-parse", "--short", "HEAD") + "+" * bool(changed)) or None
+
+
+# ======================================================================================= reporting
+
+
+def values_of(lines, data, row, column):
+    """{seed: percent} of a cell's lines; of `pretrain`, {seed: minutes}."""
+    key = dict(data=data, row=row, column=column)
+    return {line["seed"]: 100 * line["top1"] if "top1" in line else line["minutes"]
+            for line in lines if key.items() <= line.items()}
+
+
+def mean_and_deviation(values):
+    if not values:
+        return ""
+    values = list(values.values())
+    text = f"{statistics.mean(values):.1f}"
+    return text + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def difference(a, b):
+    """Mean and standard error of a - b over the seeds that both have, and how many these are."""
+    pairs = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    if len(pairs) < 2:
+        return None
+    return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs)), len(pairs)
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def tables(lines):
+    """{name: a table in Markdown} of all that `lines` have to say."""
+    out = {}
+    for data in DATA:
+        shown = {row: [values_of(lines, data, row, column) for column in COLUMNS]
+                 for row in ROWS}
+        shown = {row: values for row, values in shown.items() if any(values)}
+        if not shown:
+            continue
+        out[f"{data}: top-1 in percent"] = markdown(
+            ["pre-training", *(title for title, _ in COLUMNS.values()), "minutes"],
+            [[ROWS[row][0], *map(mean_and_deviation, values),
+              mean_and_deviation(values_of(lines, data, row, "pretrain"))]
+             for row, values in shown.items()])
+        for base in ("mae", "dmae"):
+            rows = []
+            for row, values in shown.items():
+                against = [difference(a, b) for a, b in zip(values, shown.get(base, []))]
+                if row != base and any(against):
+                    rows.append([ROWS[row][0], *("" if d is None else (
+                        f"{d[0]:+.1f} ± {d[1]:.1f}" + " *" * (abs(d[0]) > 2 * d[1]))
+                        for d in against)])
+            if rows:
+                out[f"{data}: difference from {ROWS[base][0]} (± standard error; *: counts)"] = (
+                    markdown(["pre-training", *(title for title, _ in COLUMNS.values())], rows))
+        grid = {title: values_of(lines, data, row, "held-out")
+                for row, (title, _) in {"mae": ROWS["mae"], "dmae": ROWS["dmae"], **GRID}.items()}
+        if any(grid.values()):
+            out[f"{data}: linear probe on held-out training images"] = markdown(
+                ["pre-training", "top-1"],
+                [[title, mean_and_deviation(values)] for title, values in grid.items() if values])
+        keep = []
+        for share in ("1%", "10%"):
+            for row in ("mae", "dmae"):
+                values = [values_of(lines, data, row, f"keep{k}-{share}") for k in (0, 2, 4)]
+                if any(values):
+                    whole = values_of(lines, data, row, share)
+                    keep.append([ROWS[row][0], share.replace("%", " %"),
+                                 *map(mean_and_deviation, [*values, whole])])
+        if keep:
+            out[f"{data}: only the first blocks kept"] = markdown(
+                ["pre-training", "labels", "0 (embedding)", "2", "4", "6 (all)"], keep)
+        teacher = [values_of(lines, data, "teacher", column)
+                   for column in ("knn", "linear", "pretrain")]
+        if any(teacher):
+            out[f"{data}: the teacher"] = markdown(
+                ["", "k-NN", "linear", "minutes"],
+                [["teacher", *map(mean_and_deviation, teacher)]])
+    return out
+
+
+def figures(lines, folder):
+    """Curves over pre-training, a file for each data set: its names."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("(figures need pip install matplotlib)")
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    made = []
+    for data in DATA:
+        runs = [line for line in lines if line["data"] == data and line["column"] == "pretrain"
+                and line["row"] in ROWS]
+        if not runs:
+            continue
+        fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+        rows = [row for row in ROWS if any(line["row"] == row for line in runs)]
+        for n, row in enumerate(rows):
+            mine = [line for line in runs if line["row"] == row]
+            for i, line in enumerate(mine):
+                each = line["images"] / 1000 / max(1, len(line["curve"]) - 1)
+                for axis, key in zip(axes, ("mae", "attn", "knn")):
+                    points = [(x["epoch"] * each, x[key]) for x in line["curve"] if key in x]
+                    if points:
+                        axis.plot(*zip(*points), color=f"C{n}", linewidth=1, marker=".",
+                                  label=ROWS[row][0] if i == 0 else None)
+        for axis, title in zip(axes, ("MAE loss", "distillation loss", "k-NN top-1")):
+            axis.set_title(title)
+            axis.set_xlabel("thousand images seen")
+        axes[1].set_yscale("log")
+        axes[2].legend(fontsize=7)
+        fig.savefig(folder / f"study_{data}.png", dpi=80)
+        plt.close(fig)
+        made.append(f"study_{data}.png")
+    return made
+
+
+# ==================================================================================== command line
+
+
+def make_parser():
+    parser = Parser(prog="study.py", allow_abbrev=False,
+                    description="Pre-train and fine-tune small students, and compare.")
+    add = parser.add_argument
+    add("--data", nargs="+", choices=DATA, default=["fashion-mnist"], help="[fashion-mnist]")
+    add("--rows", nargs="+", choices=[*GROUPS["rows"], *ALL_ROWS], metavar="ROW",
+        default=["mae", "dmae", "untrained"],
+        help=f"{', '.join([*GROUPS['rows'], *ALL_ROWS])} [mae dmae untrained]")
+    add("--columns", nargs="+", choices=[*GROUPS["columns"], *ALL_COLUMNS, "pretrain"],
+        metavar="COLUMN", default=["knn", "linear", "1%"],
+        help=(f"{', '.join([*GROUPS['columns'], *ALL_COLUMNS])}, pretrain (no more than that) "
+              "[knn linear 1%]").replace("%", "%%"))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
+    add("--minutes", type=float, help="stop after this time; the same command again goes on [none]")
+    add("--report", action="store_true", help="print tables and draw figures, run nothing")
+    add("--runs", default="runs/study", metavar="DIR", help="where runs lie [runs/study]")
+    add("--data-dir", default="data", metavar="DIR", help="where data sets lie [data]")
+    return parser
+
+
+def main(argv=None):
+    """The command line; returns the tables, {name: Markdown}."""
+    parser = make_parser()
+    s = parser.parse_args(argv)
+    with one_line_errors(parser, {}):
+        if not s.report:
+            run_all(s)
+        lines = read()
+        out = tables(lines)
+        for name, table in out.items():
+            print(f"\n{name}\n\n{table}", end="")
+        if s.report:
+            print()
+            for name in figures(lines, HERE / "figures"):
+                print(f"figures/{name}")
+    return out
+
+
+def run_all(s):
+    if s.minutes is not None and not 0 < s.minutes < 10**6:
+        raise InputError(f"--minutes {s.minutes}: must be above 0")
+    if any(seed < 0 for seed in s.seeds):
+        raise InputError(f"--seeds {min(s.seeds)}: must be 0 or more")
+
+    def chosen(kind, names):
+        known = {name: [name] for name in [*ALL_ROWS, *ALL_COLUMNS, "pretrain"]}
+        groups = known | {name: list(group) for name, group in GROUPS[kind].items()}
+        return dict.fromkeys(name for group in names for name in groups[group])
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    if s.minutes is not None:
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 60 * s.minutes)
+    try:
+        for data in s.data:
+            for seed in s.seeds:
+                for row in chosen("rows", s.rows):
+                    for column in chosen("columns", s.columns):
+                        if (row, column) != ("scratch", "pretrain"):
+                            run(s, data, row, seed, column)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        # The programs end in 130 when interrupted; whatever else ended them has said why.
+        if isinstance(stopped, SystemExit) and stopped.code != 130:
+            raise
+        print("stopped; the same command goes on from here")
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    main()
