@@ -761,14 +761,17 @@ def one_line_errors(parser, settings):
         yield
     except InputError as error:
         parser.error(error)
-    except torch.OutOfMemoryError:
-        parser.error("out of memory: make the pieces smaller, --micro-batch 256 say")
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        parser.error("out of memory: make the batch smaller, or compute it in pieces, "
+                     "--micro-batch 64 say")
     except BrokenPipeError:                           # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:                          # a full disk, a name that is too long
         parser.error(f"{error.strerror}: {error.filename or 'output'}; what a run had finished can "
-                     "be resumed")
+                     "be resumed" if error.strerror else error)
     except KeyboardInterrupt:
         out = settings.get("out")
         print(f"interrupted; to go on: python {parser.prog} --resume --out {shlex.quote(str(out))}"

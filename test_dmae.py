@@ -42,7 +42,7 @@ from data import SETS, InputError, read_image
 from dmae import (DMAE, MAE, Scores, ViT, knn_top1, learning_rate, load_vit, main,
                   parameter_groups, resolve, save_student, sincos_positions, split_heads,
                   train_step)
-from experiments import analyze, loader, speed
+from experiments import analyze, loader, speed, study
 
 # torchvision announces the end of its decoders; `read_image` does without them when it comes.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -2043,10 +2043,29 @@ def test_no_tuning_flag_is_left_untested_and_each_has_its_help():
     tested = set(" ".join(TUNING_FLAGS).split()) | {
         "--help", "--init", "--eval", "--data", "--out", "--resume", "--mode", "--epochs",
         "--batch-size", "--micro-batch", "--pool", "--block"} | {
-        "--bank", "--model", "--patch-size"}                                     # just below
+        "--bank", "--model", "--patch-size", "--holdout"}                        # just below
     actions = finetune.make_parser()._actions
     assert {action.option_strings[0] for action in actions} - {"-h"} <= tested
     assert all(len(action.help) > 15 for action in actions)
+
+
+def test_images_held_out_are_not_trained_on_and_the_same_for_every_run(run, folder, tmp_path):
+    def images(source):
+        return [image.numpy().tobytes() for batch in source.plain(torch.arange(len(source)))
+                for image in batch]
+
+    vit, every = load_vit(run / "student.pth"), []
+    for seed in (0, 1):
+        whole, _ = finetune.open_labelled(str(folder), vit, "data", "cpu", 0, seed)
+        every = images(whole)
+        train, test = finetune.hold_out(whole, 7)
+        held = images(test) if seed == 0 else held
+        assert images(test) == held and len(held) == 7 and len(train.labels) == len(train)
+        assert sorted(images(train) + held) == sorted(every) and not train.broken
+    result = tune(run / "student.pth", "--data", folder, "--mode", "knn", "--holdout", 7,
+                  "--out", tmp_path / "a")
+    assert result["holdout"] == 7 and result["train_images"] == len(every) - 7
+    assert result["top1"] * 7 == pytest.approx(round(result["top1"] * 7))
 
 
 def test_probes_are_the_work_of_one_process(run, folder, monkeypatch, capsys):
@@ -2075,6 +2094,8 @@ def test_from_scratch_and_the_bank(folder, tmp_path):
     bad("blocks 1 to 4", "--init", "{student}", "--freeze-blocks", "-1"),
     bad("blocks 1 to 4", "--init", "{student}", "--mode", "knn", "--block", "5"),
     bad("only the 1 blocks", "--init", "{student}", "--keep-blocks", "1", "--freeze-blocks", "2"),
+    bad("some must be left", "--init", "{student}", "--holdout", "40"),
+    bad("from 1 to", "--init", "{student}", "--holdout", "0"),
     bad("--keep-blocks has no meaning", "--init", "none", "--keep-blocks", "1"),
     bad("--model has no meaning", "--init", "{student}", "--model", "nano"),
     bad("--bank has no meaning", "--init", "{student}", "--bank", "5"),
@@ -2367,7 +2388,13 @@ def test_counted_operations_are_those_that_a_step_does():
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(1, 3, 224, 224))["loss"].backward()
     expected = sum(speed.count_flops("dmae", "tiny", "micro", 196, 49, 768).values())
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.002)
+    s.task = "finetune"
+    model, _ = speed.build("plain", s, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 224, 224), torch.tensor([7]))["loss"].backward()
+    expected = sum(speed.count_flops("finetune", "tiny", None, 196, 49, 768).values())
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.002)
 
 
 def test_the_plain_way_computes_the_same(capsys, monkeypatch):
@@ -2380,6 +2407,10 @@ def test_the_plain_way_computes_the_same(capsys, monkeypatch):
     share = sum(ours["gflop_per_image"].values()) * ours["images_per_second"] / 100
     assert ours["share_of_best_product"] == pytest.approx(share, abs=0.002, rel=0.1) and share > 0
     assert ours["recompiled"] == 0 and ours["ms_10"] <= ours["ms_per_step"] <= ours["ms_90"]
+    for amp in ("off", "bf16"):
+        lines = speed.main(f"--student nano --teacher micro --image-size 32 --patch-size 8 --amp "
+                           f"{amp} --batch-size 4 --steps 1 --against plain".split())
+        assert lines[0]["first_loss"] == pytest.approx(lines[1]["first_loss"], rel=0.02)
     for task in ("mae", "finetune"):
         line, = speed.main(f"--task {task} --student nano --image-size 32 --patch-size 8 "
                            "--batch-size 4 --steps 1".split())
@@ -2412,6 +2443,102 @@ def test_loader_measures_photograph_like_files(tmp_path, capsys):
     fails(["--data", tmp_path / "class0"], "two or more folders", capsys, loader)
     fails(["--rounds", "0"], "1 or more", capsys, loader)
     fails(["--against", "hf", "--task", "mae"], "only for --task dmae", capsys, speed)
+
+
+# ============================================================================================ study
+
+
+def study_lines(**values):
+    """Lines of a study: row -> top-1 of seeds 0, 1, ..., in the column 1%."""
+    return [dict(data="fashion-mnist", row=row, seed=seed, column="1%", top1=top1, minutes=1.0)
+            for row, tops in values.items() for seed, top1 in enumerate(tops)]
+
+
+def test_a_difference_counts_beyond_two_standard_errors():
+    lines = study_lines(mae=[0.70, 0.74, 0.78], dmae=[0.72, 0.77, 0.80], lower=[0.71, 0.74, 0.80])
+    found = study.difference(*(study.values_of(lines, "fashion-mnist", row, "1%")
+                               for row in ("dmae", "mae")))
+    pairs = np.array([2.0, 3.0, 2.0])                        # in points, pair by pair
+    assert found == pytest.approx((pairs.mean(), pairs.std(ddof=1) / 3 ** 0.5, 3))
+    table = study.tables(lines)[
+        "fashion-mnist: difference from MAE (± standard error; *: counts)"]
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[3] for line in
+             table.splitlines()[2:]}
+    assert cells == {"D-MAE, last block": "+2.3 ± 0.3 *", "D-MAE, block 3": "+1.0 ± 0.6"}
+    assert study.difference({0: 1.0, 1: 2.0}, {1: 1.0, 2: 2.0}) is None          # one seed is none
+
+
+def test_every_cell_can_be_asked_of_the_programs(monkeypatch):
+    """Each command line is one that dmae.py and finetune.py take; different cells, different
+    ones."""
+    monkeypatch.setattr(study, "long_epochs", lambda data: 9)
+    s, seen = argparse.Namespace(runs="runs", data_dir="data"), set()
+    for data_name, row, column in itertools.product(
+            study.DATA, study.ALL_ROWS, [*study.ALL_COLUMNS, "pretrain"]):
+        if (row, column) == ("scratch", "pretrain"):
+            continue
+        program, argv = study.command(s, data_name, row, 0, column)
+        given = vars(program.make_parser().parse_args(argv))
+        assert given["data"] == data_name and given["seed"] == 0
+        flags = [word for word in argv if word.startswith("--")]
+        assert len(flags) == len(set(flags))
+        seen.add((program.__name__, *argv))
+    cells = len(study.DATA) * (len(study.ALL_ROWS) * (len(study.ALL_COLUMNS) + 1) - 1)
+    assert len(seen) == cells
+
+
+@pytest.fixture
+def small_study(tmp_path, monkeypatch):
+    size = "--student nano --train-images 64 --batch-size 32"
+    monkeypatch.setattr(study, "DATA", {"shapes": dict(
+        teacher=f"--epochs 2 {size}", student=f"--epochs 1 {size}", tuning=(1, 1, 1))})
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.jsonl")
+    monkeypatch.setattr(dmae.KNN.__init__, "__defaults__", (100, 100))        # it takes seconds
+    monkeypatch.chdir(tmp_path)
+    return "--data shapes --seeds 0 --rows mae dmae untrained --columns".split()
+
+
+def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, tmp_path, capsys):
+    study.main([*small_study, "pretrain"])
+    lines = study.read()
+    assert [(line["row"], line["column"], line["images"]) for line in lines] == [
+        ("mae", "pretrain", 64), ("teacher", "pretrain", 128), ("dmae", "pretrain", 64),
+        ("untrained-teacher", "pretrain", 0), ("untrained", "pretrain", 64)]
+    assert [x["epoch"] for x in lines[1]["curve"]] == [0, 1, 2] and lines[2]["curve"][1]["attn"] > 0
+    assert all(line["command"].startswith("python dmae.py --teacher") for line in lines)
+    before = study.RESULTS.read_bytes()
+    study.main([*small_study, "pretrain"])
+    assert study.RESULTS.read_bytes() == before
+    # A line that is lost: what is there is resumed, not computed again.
+    student = tmp_path / "runs/study/shapes/dmae/0/pretrain/checkpoint.pth"
+    study.RESULTS.write_text("".join(before.decode().splitlines(keepends=True)[:2]))
+    age = student.stat().st_mtime_ns
+    study.main([*small_study, "pretrain"])
+    assert student.stat().st_mtime_ns == age
+    assert [line["row"] for line in study.read()] == [line["row"] for line in lines]
+    assert study.long_epochs("shapes") >= 1
+
+
+def test_a_study_stops_in_time_and_goes_on(small_study, capsys):
+    tables = study.main([*small_study, "pretrain", "--minutes", "0.005"])
+    assert "the same command goes on" in capsys.readouterr().out and not tables
+    assert len(study.read()) < 5
+    study.main([*small_study, "pretrain"])
+    assert len(study.read()) == 5
+
+
+def test_bad_input_to_a_study_is_one_line(capsys):
+    fails(["--minutes", "0"], "--minutes 0.0: must be above 0", capsys, study)
+    fails(["--seeds", "-1"], "must be 0 or more", capsys, study)
+    fails(["--rows", "best"], "invalid choice", capsys, study)
+
+
+def test_tables_of_the_readme_are_those_of_the_lines():
+    readme, lines = Path(dmae.__file__).with_name("README.md").read_text(), study.read()
+    assert len({(x["data"], x["row"], x["seed"], x["column"]) for x in lines}) == len(lines) > 0
+    for name, table in study.tables(lines).items():
+        assert table in readme, f"write this one into the README: {name}\n{table}"
+    assert study.headline(lines, "fashion-mnist") in readme.split("## Start here")[0]
 
 
 # =================================================================================== real processes

@@ -3,12 +3,13 @@
     python -m experiments.loader                       # makes photograph-like JPEGs for itself
     python -m experiments.loader --data /path/to/imagenet/val
 
-One process, one thread, in alternation on the same files: `Files` of data.py (decode, random
-resized crop, handed over as uint8; flip and normalisation follow for the whole batch, on a GPU
-where there is one) against torchvision's ImageFolder with RandomResizedCrop, RandomHorizontalFlip,
-ToTensor and Normalize on Pillow images, for its default, bilinear, and for bicubic, as the MAE
-release has it.
-Then `SmallSet`: images of 32 x 32 augmented on the device. Prints a line of JSON.
+One process, one thread, in alternation on the same files. `ours`: `Files` of data.py, which decodes,
+crops and hands over uint8; flip and normalisation are left to the device, a GPU where there is one.
+`ours_normalised` does these too, on this core. `usual_bilinear`, `usual_bicubic`: torchvision's
+ImageFolder with RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize on Pillow images,
+for torchvision's default and for what the MAE release has; all of it is the core's work there.
+Finding the files is not timed. Then `SmallSet`: images of 32 x 32 augmented on the device. Prints a
+line of JSON.
 """
 
 import json
@@ -43,18 +44,20 @@ def make_photographs(folder, count):
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=88)
 
 
-def usual_loader(root, batch, interpolation):
-    """What most training scripts have."""
+def usual_loader(root, paths, batch, interpolation):
+    """What most training scripts have, on `paths`."""
     prepare = transforms.Compose([
         transforms.RandomResizedCrop(224, (0.08, 1), interpolation=interpolation),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(),
         transforms.Normalize(SETS["folder"]["mean"], SETS["folder"]["std"])])
-    return torch.utils.data.DataLoader(torchvision.datasets.ImageFolder(root, prepare), batch)
+    folder = torchvision.datasets.ImageFolder(root, prepare, allow_empty=True)
+    folder.samples = [(str(path), 0) for path in paths]
+    return torch.utils.data.DataLoader(folder, batch)
 
 
 def measure(root, count, batch, rounds):
-    paths, labels, classes = find_images(root)
-    source = Files(paths[:count], None, [], root, SETS["folder"], (224, 224))
+    paths = find_images(root)[0][:count]
+    source = Files(paths, None, [], root, SETS["folder"], (224, 224))
     order = torch.arange(len(source)).split(batch)
     generator = torch.Generator().manual_seed(0)
 
@@ -65,20 +68,18 @@ def measure(root, count, batch, rounds):
         for images in source.batches(order, epoch=0):
             yield source.augment(images, *source.draw(len(images), generator))
 
-    modes = transforms.InterpolationMode
+    usual = {name: usual_loader(root, paths, batch, transforms.InterpolationMode(name))
+             for name in ("bilinear", "bicubic")}
     ways = {"ours": ours, "ours_normalised": ours_normalised,
-            "usual_bilinear": lambda: iter(usual_loader(root, batch, modes.BILINEAR)),
-            "usual_bicubic": lambda: iter(usual_loader(root, batch, modes.BICUBIC))}
+            **{f"usual_{name}": loader.__iter__ for name, loader in usual.items()}}
     rates = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             seen, began = 0, time.perf_counter()
             for images in way():
                 seen += len(images[0] if isinstance(images, list) else images)
-                if seen >= len(source):
-                    break
             rates[name].append(seen / (time.perf_counter() - began))
-    sizes = [Path(path).stat().st_size / 1e3 for path in paths[:count]]
+    sizes = [Path(path).stat().st_size / 1e3 for path in paths]
     return {name: round(statistics.median(rate), 1) for name, rate in rates.items()} | dict(
         files=len(source), mean_kilobytes=round(statistics.mean(sizes), 1))
 
@@ -88,7 +89,7 @@ def small_set(device, seconds=3):
     images = torch.randint(256, (10_000, 3, 32, 32), dtype=torch.uint8)
     source = SmallSet(images, None, SETS["cifar10"], (32, 32), device)
     generator = torch.Generator(device).manual_seed(0)
-    seen, began = -1, None
+    seen, began = 0, None
     while began is None or time.perf_counter() - began < seconds:
         for batch in source.batches(torch.randperm(10_000)[:5120].split(512), 0):
             out = source.augment(batch, *source.draw(len(batch), generator))
@@ -119,21 +120,24 @@ def main(argv=None):
         for key in ("images", "rounds", "batch_size"):
             if getattr(s, key) < 1:
                 raise InputError(f"--{key.replace('_', '-')} {getattr(s, key)}: must be 1 or more")
-        check(dict(device=s.device))
+        check(dict(device=s.device, batch_size=s.batch_size))
+        if s.data is not None and not Path(s.data).is_dir():
+            raise InputError(f"--data {s.data}: no such folder")
+        if s.data is not None and len(find_images(s.data)[2]) < 2:
+            raise InputError(f"--data {s.data}: needs two or more folders of images in it")
         threads = torch.get_num_threads()
         line = dict(small_32_per_second=small_set(s.device), small_threads=threads)
         if s.data is None:
             make_photographs(made, s.images)
-        elif len(find_images(s.data)[2]) < 2:
-            raise InputError(f"--data {s.data}: needs two or more folders of images in it")
         torch.set_num_threads(1)
         try:
             line |= measure(s.data or made, s.images, s.batch_size, s.rounds)
         finally:
             torch.set_num_threads(threads)
         for name in ("usual_bilinear", "usual_bicubic"):
-            line[f"ours_over_{name}"] = round(line["ours"] / line[name], 2)
-        line |= dict(machine=platform.machine(), device=s.device, torch=torch.__version__,
+            for ours in ("ours", "ours_normalised"):
+                line[f"{ours}_over_{name}"] = round(line[ours] / line[name], 2)
+        line |= dict(batch_size=s.batch_size, rounds=s.rounds, data=s.data, machine=platform.machine(), device=s.device, torch=torch.__version__,
                      torchvision=torchvision.__version__, date=time.strftime("%Y-%m-%d"))
         print(json.dumps(line))
         return line

@@ -5,6 +5,7 @@
     python -m experiments.study --data shapes --rows all --columns all
     python -m experiments.study --rows grid --columns held-out --seeds 0      # how rates were chosen
     python -m experiments.study --report                  # tables and figures of what there is
+    python -m experiments.study --picture                 # of seed 0's students, for the README
 
 A cell of the study is one run of dmae.py or finetune.py: a data set, a way to pre-train (row), a
 seed, and what is measured (column; `pretrain` is the pre-training itself). Each finished cell adds
@@ -28,10 +29,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import dmae
 import finetune
+from data import open_data
 from dmae import InputError, Parser, one_line_errors
+from experiments.analyze import load_student
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "study.jsonl"
@@ -283,6 +287,39 @@ def tables(lines):
     return out
 
 
+def headline(lines, data):
+    """The README's first table: what the labels are worth after each kind of pre-training."""
+    rows = []
+    for row in ("scratch", "mae", "dmae"):
+        values = [values_of(lines, data, row, column) for column in ("1%", "all")]
+        if all(values):
+            rows.append([ROWS[row][0], *map(mean_and_deviation, values)])
+    return markdown(["pre-training", "1 % of the labels", "all labels"], rows)
+
+
+@torch.no_grad()
+def picture(s, data, path, count=4):
+    """Test images; their visible patches; D-MAE's prediction with these put back; and, mean over
+    heads, to which patches the class token attends in the last block of the untrained student, of
+    D-MAE and of the teacher. Students of seed 0."""
+    folder = Path(s.runs, data)
+    model = load_student(folder / "dmae/0/pretrain/student.pth")["mae"]
+    torch.manual_seed(0)
+    vits = [dmae.ViT(**model.encoder.config), model.encoder,
+            dmae.load_vit(folder / "teacher/0/pretrain/student.pth")]
+    row = dict(mean=vits[1].config["mean"], std=vits[1].config["std"], crop_scale=1.0)
+    _, test = open_data(data, row, tuple(vits[1].config["image_size"]), s.data_dir, "cpu", 0, 0)
+    images = next(iter(test.plain(torch.arange(count))))
+    image, visible, _, both = dmae.reconstructions(model, images)
+    panels = [dmae.as_rgb(vits[1], panel) for panel in (image, visible, both)]
+    for vit in vits:
+        scores = vit(images, scores=[vit.depth])[0][vit.depth]                        # b h 1+n 1+n
+        maps = scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1).unflatten(1, (1, vit.grid[0], -1))
+        maps = maps / maps.amax(dim=(2, 3), keepdim=True)
+        panels.append(F.interpolate(maps, panels[0].shape[2:]).expand(-1, 3, -1, -1))
+    dmae.save_grid(torch.stack(panels, dim=1).flatten(0, 1), path, columns=len(panels))
+
+
 def figures(lines, folder):
     """Curves over pre-training, a file for each data set: its names."""
     try:
@@ -338,6 +375,8 @@ def make_parser():
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
     add("--minutes", type=float, help="stop after this time; the same command again goes on [none]")
     add("--report", action="store_true", help="print tables and draw figures, run nothing")
+    add("--picture", action="store_true", help="draw figures/study.png, from the first of --data "
+        "and seed 0; run nothing")
     add("--runs", default="runs/study", metavar="DIR", help="where runs lie [runs/study]")
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie [data]")
     return parser
@@ -348,7 +387,9 @@ def main(argv=None):
     parser = make_parser()
     s = parser.parse_args(argv)
     with one_line_errors(parser, {}):
-        if not s.report:
+        if s.picture:
+            picture(s, s.data[0], HERE / "figures" / "study.png")
+        elif not s.report:
             run_all(s)
         lines = read()
         out = tables(lines)
