@@ -3,7 +3,7 @@
     python -m experiments.loader                       # makes photograph-like JPEGs for itself
     python -m experiments.loader --data /path/to/imagenet/val
 
-One process, one thread, in alternation on the same files. `ours`: `Files` of data.py, which decodes,
+One process, one thread, in alternation on the same files. `ours`: `Files` of data.py decodes,
 crops and hands over uint8; flip and normalisation are left to the device, a GPU where there is one.
 `ours_normalised` does these too, on this core. `usual_bilinear`, `usual_bicubic`: torchvision's
 ImageFolder with RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize on Pillow images,
@@ -137,7 +137,8 @@ def main(argv=None):
         for name in ("usual_bilinear", "usual_bicubic"):
             for ours in ("ours", "ours_normalised"):
                 line[f"{ours}_over_{name}"] = round(line[ours] / line[name], 2)
-        line |= dict(batch_size=s.batch_size, rounds=s.rounds, data=s.data, machine=platform.machine(), device=s.device, torch=torch.__version__,
+        line |= dict(batch_size=s.batch_size, rounds=s.rounds, data=s.data,
+                     machine=platform.machine(), device=s.device, torch=torch.__version__,
                      torchvision=torchvision.__version__, date=time.strftime("%Y-%m-%d"))
         print(json.dumps(line))
         return line

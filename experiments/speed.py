@@ -265,8 +265,9 @@ def time_steps(s):
             peak_memory_gb=round(memory / 1e9, 2) if len(ways) == 1 else None,
             first_step_s=round(way["first"], 1), recompiled=recompiled, first_loss=way["loss"],
             student=s.student, teacher=s.teacher if s.task == "dmae" else None,
-            image_size=s.image_size, patch_size=s.patch_size, batch_size=s.batch_size, micro_batch=s.micro_batch, amp=s.amp,
-            compile=s.compile, steps=s.steps, threads=torch.get_num_threads(),
+            image_size=s.image_size, patch_size=s.patch_size, batch_size=s.batch_size,
+            micro_batch=s.micro_batch, amp=s.amp, compile=s.compile, steps=s.steps,
+            threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else
             platform.processor() or platform.machine(), torch=torch.__version__,
             date=time.strftime("%Y-%m-%d")))

@@ -3,7 +3,7 @@
     python -m experiments.study                           # MAE, D-MAE and the control, three seeds
     python -m experiments.study --minutes 10              # a piece of it; the same again goes on
     python -m experiments.study --data shapes --rows all --columns all
-    python -m experiments.study --rows grid --columns held-out --seeds 0      # how rates were chosen
+    python -m experiments.study --rows mae dmae grid --columns held-out --seeds 0     # its choices
     python -m experiments.study --report                  # tables and figures of what there is
     python -m experiments.study --picture                 # of seed 0's students, for the README
 
