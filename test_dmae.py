@@ -2415,6 +2415,8 @@ def test_the_plain_way_computes_the_same(capsys, monkeypatch):
         line, = speed.main(f"--task {task} --student nano --image-size 32 --patch-size 8 "
                            "--batch-size 4 --steps 1".split())
         assert line["task"] == task and line["peak_memory_gb"] > 0
+    # Of fine-tuning, at the least each block's input, two norms, qkv, attention, MLP: 17 numbers.
+    assert 17 * 4 * 17 * 64 * 4 < line["kept_mb_per_image"] * 1e6 < 40 * 4 * 17 * 64 * 4
 
 
 def test_hugging_faces_way_is_given_the_same_images_and_noise():

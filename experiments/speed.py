@@ -9,9 +9,10 @@
 Times whole training steps (forward, backward, optimizer) of the core's own `train_step` on random
 images that lie on the device, after a warm-up; the teacher has random weights. Prints a line of
 JSON for each way: images/s, milliseconds a step (median, 10th and 90th percentile), peak memory
-(allocated on a GPU; on a CPU that of the whole process, of which the libraries are 0.7 GB), and the
-floating-point operations that a step needs as a share of what the best of several matrix products
-reached meanwhile. Where the machine is shared that is a low estimate: a best beside a median.
+(allocated on a GPU; on a CPU that of the whole process, of which the libraries are 0.7 GB), what an
+image's forward pass keeps for the backward pass, counted, and the floating-point operations that a
+step needs as a share of what the best of several matrix products reached meanwhile. Where the
+machine is shared that is a low estimate: a best beside a median.
 
 Other ways to do the same: `plain`, as one would write it down first: student and teacher embed all
 patches before they drop some, the teacher runs all of its blocks, softmax attention is spelt out
@@ -19,6 +20,7 @@ everywhere. `hf`: student and teacher from Hugging Face's ViTMAE classes, with t
 attention. These do more than is needed, and their share counts what is needed.
 """
 
+import argparse
 import importlib.util
 import json
 import math
@@ -202,6 +204,26 @@ def build(way, s, device):
     return model, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
+def kept_for_backward(s, images, other):
+    """Bytes that the forward pass of an image keeps for the backward pass, not compiled: counted,
+    on any device."""
+    model, _ = build("ours", argparse.Namespace(**vars(s) | dict(compile=False)), images.device)
+    kept = []
+    for count in (2, 4):                        # what does not grow with the batch drops out
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with precision(s, images.device)[1]:
+                model(images[:count], other[:count])
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+    return (kept[1] - kept[0]) / 2
+
+
 def time_steps(s):
     """Measure, and return a list of lines, one for each way."""
     device = torch.device(s.device)
@@ -217,6 +239,9 @@ def time_steps(s):
     ids_keep = noise.argsort(dim=1)[:, :kept]
     labels = torch.arange(s.batch_size, device=device) % 1000
     piece = s.micro_batch or s.batch_size
+    four = torch.arange(4, device=device) % s.batch_size
+    kept_bytes = kept_for_backward(
+        s, images[four], (labels if s.task == "finetune" else ids_keep)[four])
 
     ways = {}
     for way in ("ours", *s.against):
@@ -263,6 +288,7 @@ def time_steps(s):
             share_of_best_product=round(sum(flops.values()) * rate / best, 3),
             best_product_gflops=round(best / 1e9, 1),
             peak_memory_gb=round(memory / 1e9, 2) if len(ways) == 1 else None,
+            kept_mb_per_image=round(kept_bytes / 1e6, 2) if name == "ours" else None,
             first_step_s=round(way["first"], 1), recompiled=recompiled, first_loss=way["loss"],
             student=s.student, teacher=s.teacher if s.task == "dmae" else None,
             image_size=s.image_size, patch_size=s.patch_size, batch_size=s.batch_size,
