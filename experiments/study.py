@@ -30,12 +30,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 
 import dmae
 import finetune
-from data import open_data
 from dmae import InputError, Parser, one_line_errors
-from experiments.analyze import load_student
+from experiments.analyze import fit_mixer, load_student, open_images
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "study.jsonl"
@@ -302,24 +302,37 @@ def headline(lines, data):
 
 @torch.no_grad()
 def picture(s, data, path, count=4):
-    """Test images; their visible patches; D-MAE's prediction with these put back; and, mean over
-    heads, to which patches the class token attends in the last block of the untrained student, of
-    D-MAE and of the teacher. Students of seed 0."""
+    """Test images; their visible patches; D-MAE's prediction with these put back; and the scores
+    that the class token has for the visible patches in the last block: of the untrained student, of
+    D-MAE and of the teacher. Students of seed 0; of the teacher, the head whose scores vary most;
+    of the students, what makes up for it: D-MAE's M, and the best mixture of the untrained heads.
+    """
     folder = Path(s.runs, data)
-    model = load_student(folder / "dmae/0/pretrain/student.pth")["mae"]
+    student = load_student(folder / "dmae/0/pretrain/student.pth")
+    mae, (mixer,) = student["mae"], student["mixers"].values()
     torch.manual_seed(0)
-    vits = [dmae.ViT(**model.encoder.config), model.encoder,
+    vits = [dmae.ViT(**mae.encoder.config), mae.encoder,
             dmae.load_vit(folder / "teacher/0/pretrain/student.pth")]
-    row = dict(mean=vits[1].config["mean"], std=vits[1].config["std"], crop_scale=1.0)
-    _, test = open_data(data, row, tuple(vits[1].config["image_size"]), s.data_dir, "cpu", 0, 0)
-    images = next(iter(test.plain(torch.arange(count))))
-    image, visible, _, both = dmae.reconstructions(model, images)
-    panels = [dmae.as_rgb(vits[1], panel) for panel in (image, visible, both)]
-    for vit in vits:
-        scores = vit(images, scores=[vit.depth])[0][vit.depth]                        # b h 1+n 1+n
-        maps = scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1).unflatten(1, (1, vit.grid[0], -1))
-        maps = maps / maps.amax(dim=(2, 3), keepdim=True)
-        panels.append(F.interpolate(maps, panels[0].shape[2:]).expand(-1, 3, -1, -1))
+    images = next(iter(open_images(data, s.data_dir, mae.encoder, "cpu", 0).plain(
+        torch.arange(count))))
+    noise = torch.rand(count, math.prod(mae.encoder.grid),
+                       generator=torch.Generator().manual_seed(0))      # as in reconstructions
+    ids_keep = mae.choose(noise)
+    scores = [vit(images, ids_keep, scores=[vit.depth])[0][vit.depth] for vit in vits]  # b h 1+k .
+    mixers = [fit_mixer(scores[0], scores[2]), mixer, torch.eye(len(mixer))]
+    rows = torch.stack([einsum(m, x[:, :, 0, 1:], "t s, b s k -> b t k")
+                        for m, x in zip(mixers, scores)])                             # 3 b t k
+    head = rows[2].var(dim=2).sum(dim=0).argmax()
+    rows = rows[:, :, head]                                                           # 3 b k
+    low, high = rows[2].amin(dim=1, keepdim=True), rows[2].amax(dim=1, keepdim=True)
+    rows = ((rows - low) / (high - low)).clamp(0, 1)
+    image, visible, _, both = dmae.reconstructions(mae, images)
+    panels = [dmae.as_rgb(mae.encoder, panel) for panel in (image, visible, both)]
+    hidden = torch.tensor([0.2, 0.25, 0.4]).view(1, 3, 1).repeat(count, 1, noise.shape[1])
+    for row in rows:                                                          # b k, on blue: b 3 n
+        patches = hidden.scatter(2, ids_keep[:, None].expand(-1, 3, -1),
+                                 row[:, None].expand(-1, 3, -1))
+        panels.append(F.interpolate(patches.unflatten(2, mae.encoder.grid), panels[0].shape[2:]))
     dmae.save_grid(torch.stack(panels, dim=1).flatten(0, 1), path, columns=len(panels))
 
 
