@@ -2473,8 +2473,8 @@ def test_a_difference_counts_beyond_two_standard_errors():
 def test_every_cell_can_be_asked_of_the_programs(monkeypatch):
     """Each command line is one that dmae.py and finetune.py take; different cells, different
     ones."""
-    monkeypatch.setattr(study, "long_epochs", lambda data: 9)
-    s, seen = argparse.Namespace(runs="runs", data_dir="data"), set()
+    monkeypatch.setattr(study, "long_epochs", lambda lines, data: 9)
+    s, seen = argparse.Namespace(runs="runs", data_dir="data", results="none.jsonl"), set()
     for data_name, row, column in itertools.product(
             study.DATA, study.ALL_ROWS, [*study.ALL_COLUMNS, "pretrain"]):
         if (row, column) == ("scratch", "pretrain"):
@@ -2494,45 +2494,45 @@ def small_study(tmp_path, monkeypatch):
     size = "--student nano --train-images 64 --batch-size 32"
     monkeypatch.setattr(study, "DATA", {"shapes": dict(
         teacher=f"--epochs 2 {size}", student=f"--epochs 1 {size}", tuning=(1, 1, 1))})
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.jsonl")
     monkeypatch.setattr(dmae.KNN.__init__, "__defaults__", (100, 100))        # it takes seconds
     monkeypatch.chdir(tmp_path)
-    return "--data shapes --seeds 0 --rows mae dmae untrained --columns".split()
+    return "--results lines --data shapes --seeds 0 --rows mae dmae untrained --columns".split()
 
 
 def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, tmp_path, capsys):
     study.main([*small_study, "pretrain"])
-    lines = study.read()
+    lines = study.read("lines")
     assert [(line["row"], line["column"], line["images"]) for line in lines] == [
         ("mae", "pretrain", 64), ("teacher", "pretrain", 128), ("dmae", "pretrain", 64),
         ("untrained-teacher", "pretrain", 0), ("untrained", "pretrain", 64)]
     assert [x["epoch"] for x in lines[1]["curve"]] == [0, 1, 2] and lines[2]["curve"][1]["attn"] > 0
     assert all(line["command"].startswith("python dmae.py --teacher") for line in lines)
-    before = study.RESULTS.read_bytes()
+    before = Path("lines").read_bytes()
     study.main([*small_study, "pretrain"])
-    assert study.RESULTS.read_bytes() == before
+    assert Path("lines").read_bytes() == before
     # A line that is lost: what is there is resumed, not computed again.
     student = tmp_path / "runs/study/shapes/dmae/0/pretrain/checkpoint.pth"
-    study.RESULTS.write_text("".join(before.decode().splitlines(keepends=True)[:2]))
+    Path("lines").write_text("".join(before.decode().splitlines(keepends=True)[:2]))
     age = student.stat().st_mtime_ns
     study.main([*small_study, "pretrain"])
     assert student.stat().st_mtime_ns == age
-    assert [line["row"] for line in study.read()] == [line["row"] for line in lines]
-    assert study.long_epochs("shapes") >= 1
+    assert [line["row"] for line in study.read("lines")] == [line["row"] for line in lines]
+    assert study.long_epochs(study.read("lines"), "shapes") >= 1
 
 
 def test_a_study_stops_in_time_and_goes_on(small_study, capsys):
     tables = study.main([*small_study, "pretrain", "--minutes", "0.005"])
     assert "the same command goes on" in capsys.readouterr().out and not tables
-    assert len(study.read()) < 5
+    assert len(study.read("lines")) < 5
     study.main([*small_study, "pretrain"])
-    assert len(study.read()) == 5
+    assert len(study.read("lines")) == 5
 
 
 def test_bad_input_to_a_study_is_one_line(capsys):
     fails(["--minutes", "0"], "--minutes 0.0: must be above 0", capsys, study)
     fails(["--seeds", "-1"], "must be 0 or more", capsys, study)
     fails(["--rows", "best"], "invalid choice", capsys, study)
+    fails(["--results", Path(dmae.__file__), "--report"], "lines of JSON", capsys, study)
 
 
 def test_tables_of_the_readme_are_those_of_the_lines():

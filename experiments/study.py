@@ -1,7 +1,7 @@
 """Does distillation help? The paper's question at small scale, with error bars.
 
-    python -m experiments.study                           # MAE, D-MAE and the control, three seeds
-    python -m experiments.study --minutes 10              # a piece of it; the same again goes on
+    python -m experiments.study --results mine.jsonl      # MAE, D-MAE and the control, three seeds
+    python -m experiments.study --results mine.jsonl --minutes 10    # a piece; again: the next
     python -m experiments.study --data shapes --rows all --columns all
     python -m experiments.study --rows mae dmae grid --columns held-out --seeds 0     # its choices
     python -m experiments.study --report                  # tables and figures of what there is
@@ -9,9 +9,10 @@
 
 A cell of the study is one run of dmae.py or finetune.py: a data set, a way to pre-train (row), a
 seed, and what is measured (column; `pretrain` is the pre-training itself). Each finished cell adds
-a line to results/study.jsonl and is not run again; runs lie under --runs and are resumed. Tables
-and figures come from that file alone. Two of these may run side by side, in the same folder: with
-one thread each (OMP_NUM_THREADS=1) they get as much done as one with two.
+a line to --results and is not run again; runs lie under --runs and are resumed. Tables and figures
+come from that file alone. The committed one holds our lines: name another to run it all yourself.
+Two of these may run side by side, in the same folder: with one thread each (OMP_NUM_THREADS=1) they
+get as much done as one with two.
 
 One rule: a difference counts beyond two standard errors of its mean over seeds. Runs of the same
 seed had the same labels and the same order of images, so seeds are compared pair by pair.
@@ -107,7 +108,7 @@ def command(s, data, row, seed, column):
     common = f" --data {data} --data-dir {s.data_dir} --seed {seed}"
     if column == "pretrain":
         own = setting["teacher" if row in TEACHERS else "student"].split()
-        new = ALL_ROWS[row][1].format(runs=runs, long=long_epochs(data)).split()
+        new = ALL_ROWS[row][1].format(runs=runs, long=long_epochs(read(s.results), data)).split()
         for flag, value in zip(own[::2], own[1::2]):     # a row's flags come before the data set's
             new += [] if flag in new else [flag, value]
         return dmae, new + common.split()
@@ -117,9 +118,9 @@ def command(s, data, row, seed, column):
                       + common).split()
 
 
-def long_epochs(data):
+def long_epochs(lines, data):
     """As many epochs of plain MAE as take the time of teacher and D-MAE, from the lines."""
-    rows = {row: [line["minutes"] for line in read() if line["data"] == data
+    rows = {row: [line["minutes"] for line in lines if line["data"] == data
                   and line["row"] == row and line["column"] == "pretrain"]
             for row in ("teacher", "mae", "dmae")}
     if not all(rows.values()):
@@ -142,9 +143,13 @@ def needs(row, seed, column):
 # ========================================================================================= running
 
 
-def read(path=None):
-    path = RESULTS if path is None else path
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read(path=RESULTS):
+    path = Path(path)
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise InputError(f"--results {path} is not what this program writes, lines of JSON: name "
+                         "another file") from error
 
 
 def run(s, data, row, seed, column, wait=False):
@@ -153,7 +158,7 @@ def run(s, data, row, seed, column, wait=False):
     key = dict(data=data, row=row, seed=seed, column=column)
 
     def done():
-        return any(key.items() <= line.items() for line in read())
+        return any(key.items() <= line.items() for line in read(s.results))
 
     if done():
         return
@@ -191,7 +196,7 @@ def run(s, data, row, seed, column, wait=False):
             command=" ".join([f"python {program.__name__}.py", *argv]), commit=commit(),
             date=time.strftime("%Y-%m-%d", time.gmtime(began)), torch=torch.__version__,
             threads=torch.get_num_threads())
-        with open(RESULTS, "a") as file:
+        with open(s.results, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(line) + "\n")
 
@@ -393,6 +398,8 @@ def make_parser():
     add("--report", action="store_true", help="print tables and draw figures, run nothing")
     add("--picture", action="store_true", help="draw figures/study.png, from the first of --data "
         "and seed 0; run nothing")
+    add("--results", default=str(RESULTS), metavar="FILE",
+        help="lines of what has been measured [experiments/results/study.jsonl]")
     add("--runs", default="runs/study", metavar="DIR", help="where runs lie [runs/study]")
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie [data]")
     return parser
@@ -407,7 +414,7 @@ def main(argv=None):
             picture(s, s.data[0], HERE / "figures" / "study.png")
         elif not s.report:
             run_all(s)
-        lines = read()
+        lines = read(s.results)
         out = tables(lines)
         for name, table in out.items():
             print(f"\n{name}\n\n{table}", end="")
