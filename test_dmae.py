@@ -2496,7 +2496,8 @@ def small_study(tmp_path, monkeypatch):
         teacher=f"--epochs 2 {size}", student=f"--epochs 1 {size}", tuning=(1, 1, 1))})
     monkeypatch.setattr(dmae.KNN.__init__, "__defaults__", (100, 100))        # it takes seconds
     monkeypatch.chdir(tmp_path)
-    return "--results lines --data shapes --seeds 0 --rows mae dmae untrained --columns".split()
+    return ["--runs", "my runs", *"--results lines --data shapes --seeds 0 --rows mae dmae "
+            "untrained --columns".split()]
 
 
 def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, tmp_path, capsys):
@@ -2511,7 +2512,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, tmp_path, c
     study.main([*small_study, "pretrain"])
     assert Path("lines").read_bytes() == before
     # A line that is lost: what is there is resumed, not computed again.
-    student = tmp_path / "runs/study/shapes/dmae/0/pretrain/checkpoint.pth"
+    student = tmp_path / "my runs/shapes/dmae/0/pretrain/checkpoint.pth"
     Path("lines").write_text("".join(before.decode().splitlines(keepends=True)[:2]))
     age = student.stat().st_mtime_ns
     study.main([*small_study, "pretrain"])

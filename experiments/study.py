@@ -22,7 +22,7 @@ import contextlib
 import fcntl
 import json
 import math
-import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -104,30 +104,29 @@ GROUPS = dict(rows=dict(all=ROWS, grid=GRID), columns=dict(all=COLUMNS, keep=KEE
 
 def command(s, data, row, seed, column):
     """The program and the command line of a cell, without its --out."""
-    setting, runs = DATA[data], f"{s.runs}/{data}"
-    common = f" --data {data} --data-dir {s.data_dir} --seed {seed}"
+    setting, runs = DATA[data], shlex.quote(f"{s.runs}/{data}")
+    common = f" --data {data} --data-dir {shlex.quote(s.data_dir)} --seed {seed}"
     if column == "pretrain":
         own = setting["teacher" if row in TEACHERS else "student"].split()
-        new = ALL_ROWS[row][1].format(runs=runs, long=long_epochs(read(s.results), data)).split()
+        new = shlex.split(ALL_ROWS[row][1].format(
+            runs=runs, long=long_epochs(read(s.results), data)))
         for flag, value in zip(own[::2], own[1::2]):     # a row's flags come before the data set's
             new += [] if flag in new else [flag, value]
-        return dmae, new + common.split()
+        return dmae, new + shlex.split(common)
     start = (f"--init {runs}/{row}/{seed}/pretrain/student.pth" if row != "scratch" else
-             "--init none" + " --model slim" * (row == "scratch"))
-    return finetune, (start + " " + ALL_COLUMNS[column][1].format(*setting["tuning"])
-                      + common).split()
+             "--init none --model slim")
+    return finetune, shlex.split(
+        start + " " + ALL_COLUMNS[column][1].format(*setting["tuning"]) + common)
 
 
 def long_epochs(lines, data):
-    """As many epochs of plain MAE as take the time of teacher and D-MAE, from the lines."""
-    rows = {row: [line["minutes"] for line in lines if line["data"] == data
-                  and line["row"] == row and line["column"] == "pretrain"]
-            for row in ("teacher", "mae", "dmae")}
-    if not all(rows.values()):
+    """As many epochs of plain MAE as take the time of teacher and D-MAE, by the lines of seed 0."""
+    minutes = {line["row"]: line["minutes"] for line in lines
+               if (line["data"], line["seed"], line["column"]) == (data, 0, "pretrain")}
+    if not {"teacher", "mae", "dmae"} <= minutes.keys():
         return 0                                       # not to be run yet: see `needs`
-    teacher, mae, dmae_ = (statistics.mean(minutes) for minutes in rows.values())
     epochs = int(DATA[data]["student"].split("--epochs ")[1].split()[0])
-    return round(epochs * (teacher + dmae_) / mae)
+    return round(epochs * (minutes["teacher"] + minutes["dmae"]) / minutes["mae"])
 
 
 def needs(row, seed, column):
@@ -135,7 +134,7 @@ def needs(row, seed, column):
     if column != "pretrain":
         return [] if row == "scratch" else [(row, seed, "pretrain")]
     if row == "mae-long":
-        return [("teacher", 0, "pretrain"), ("mae", seed, "pretrain"), ("dmae", seed, "pretrain")]
+        return [(name, 0, "pretrain") for name in ("teacher", "mae", "dmae")]
     flags = ALL_ROWS[row][1]
     return [(name, 0, "pretrain") for name in TEACHERS if f"/{name}/" in flags]
 
@@ -193,7 +192,7 @@ def run(s, data, row, seed, column, wait=False):
         else:
             line |= {k: result[k] for k in ("top1", "train_images", "minutes")}
         line |= dict(
-            command=" ".join([f"python {program.__name__}.py", *argv]), commit=commit(),
+            command=shlex.join(["python", f"{program.__name__}.py", *argv]), commit=commit(),
             date=time.strftime("%Y-%m-%d", time.gmtime(began)), torch=torch.__version__,
             threads=torch.get_num_threads())
         with open(s.results, "a") as file:
