@@ -235,7 +235,8 @@ def stratified(labels, fraction, seed):
 
 
 def hold_out(train, count):
-    """(train without them, `count` of its images to test on): the same for every seed."""
+    """(train without them, `count` of its images to test on), the same for every seed; train is
+    changed in place."""
     if count >= len(train):
         raise InputError(f"--holdout {count}: there are {len(train)} images to train on, and some "
                          "must be left")
@@ -546,7 +547,9 @@ def finetune(settings, vit):
     check_outside(settings, train, test)
     next(iter(test.plain(torch.arange(min(8, len(test))))))      # unreadable: now, not in an hour
     found, classes = (len(train), len(test)), len(train.classes)
+    where = f"{found[0]:,} images to train on and {found[1]:,} to test on"
     if s.holdout:
+        where = f"{found[0]:,} training images, {s.holdout:,} of them held out to test on"
         train, test = hold_out(train, s.holdout)
     if s.label_fraction < 1:
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
@@ -560,9 +563,7 @@ def finetune(settings, vit):
         model, new = new_classifier(vit, classes, s)
     out = settings["out"] = s.out = open_folder(settings, "init", RUN_FILES)
 
-    say(f"run {out}: {s.mode} on {s.data}, {found[0]:,} images to train on and {found[1]:,} to "
-        f"test on, {classes} classes"
-        + f", {len(test):,} of the first held out to test on" * bool(s.holdout)
+    say(f"run {out}: {s.mode} on {s.data}, {where}, {classes} classes"
         + f", {len(train):,} used" * (s.label_fraction < 1))
     if s.data in PHOTOS and found != PHOTOS[s.data][:2]:
         say("  note      the paper has {:,} and {:,} images of these".format(*PHOTOS[s.data]))

@@ -2470,30 +2470,29 @@ def test_a_difference_counts_beyond_two_standard_errors():
     assert study.difference({0: 1.0, 1: 2.0}, {1: 1.0, 2: 2.0}) is None          # one seed is none
 
 
-def test_every_cell_can_be_asked_of_the_programs(monkeypatch):
+def test_every_cell_can_be_asked_of_the_programs():
     """Each command line is one that dmae.py and finetune.py take; different cells, different
     ones."""
-    monkeypatch.setattr(study, "long_epochs", lambda lines, data: 9)
-    s, seen = argparse.Namespace(runs="runs", data_dir="data", results="none.jsonl"), set()
-    for data_name, row, column in itertools.product(
-            study.DATA, study.ALL_ROWS, [*study.ALL_COLUMNS, "pretrain"]):
-        if (row, column) == ("scratch", "pretrain"):
-            continue
+    s, seen = argparse.Namespace(
+        runs="runs", data_dir="data", data=[*study.DATA], rows=[*study.ALL_ROWS], seeds=[0],
+        columns=[*study.ALL_COLUMNS, "pretrain"]), set()
+    for data_name, row, _, column in study.cells(s):
         program, argv = study.command(s, data_name, row, 0, column)
         given = vars(program.make_parser().parse_args(argv))
         assert given["data"] == data_name and given["seed"] == 0
         flags = [word for word in argv if word.startswith("--")]
         assert len(flags) == len(set(flags))
         seen.add((program.__name__, *argv))
-    cells = len(study.DATA) * (len(study.ALL_ROWS) * (len(study.ALL_COLUMNS) + 1) - 1)
-    assert len(seen) == cells
+    assert len(seen) == len(set(study.cells(s))) == len(study.DATA) * (
+        (len(study.ALL_ROWS) - 1) * (len(study.ALL_COLUMNS) + 1) + len(study.COLUMNS))
 
 
 @pytest.fixture
 def small_study(tmp_path, monkeypatch):
     size = "--student nano --train-images 64 --batch-size 32"
     monkeypatch.setattr(study, "DATA", {"shapes": dict(
-        teacher=f"--epochs 2 {size}", student=f"--epochs 1 {size}", tuning=(1, 1, 1))})
+        teacher=f"--epochs 2 {size}", student=f"--epochs 1 {size}", tuning=(1, 1, 1),
+        long=2)})
     monkeypatch.setattr(dmae.KNN.__init__, "__defaults__", (100, 100))        # it takes seconds
     monkeypatch.chdir(tmp_path)
     return ["--runs", "my runs", *"--results lines --data shapes --seeds 0 --rows mae dmae "
@@ -2518,22 +2517,55 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, tmp_path, c
     study.main([*small_study, "pretrain"])
     assert student.stat().st_mtime_ns == age
     assert [line["row"] for line in study.read("lines")] == [line["row"] for line in lines]
-    assert study.long_epochs(study.read("lines"), "shapes") >= 1
+    # A student that is not the one of its line is not measured.
+    student.with_name("student.pth").write_bytes(b"another")
+    with pytest.raises(SystemExit):
+        study.main([*small_study[:-4], "dmae", "--columns", "knn"])
+    assert "is not there, or not that of lines" in capsys.readouterr().err
+    # Nor is a line of other settings taken for one of these.
+    study.DATA["shapes"]["student"] += " --blr 1e-3"
+    with pytest.raises(SystemExit):
+        study.main([*small_study, "pretrain"])
+    assert "mae, seed 0, pretrain was measured with another --blr" in capsys.readouterr().err
+
+
+def test_a_study_measures_and_two_of_them_share_the_work(small_study, monkeypatch, capsys):
+    study.main([*small_study[:-4], "scratch", "--columns", "1%"])
+    line, = study.read("lines")
+    assert 0 < line["top1"] < 0.5 and line["train_images"] == 200 and line["row"] == "scratch"
+    # While another process holds the run of plain MAE, the others are done; then it is waited for.
+    done, held = [], open(Path("my runs", "shapes", "held"), "w")
+    lock = study.fcntl.flock
+
+    def flock(file, how):
+        if "/mae/" not in file.name:
+            return lock(file, how)
+        if how & study.fcntl.LOCK_NB:
+            raise BlockingIOError
+        done.append(len(study.read("lines")))
+
+    monkeypatch.setattr(study.fcntl, "flock", flock)
+    study.main([*small_study, "pretrain"])
+    assert done == [5] and len(study.read("lines")) == 6
+    held.close()
 
 
 def test_a_study_stops_in_time_and_goes_on(small_study, capsys):
     tables = study.main([*small_study, "pretrain", "--minutes", "0.005"])
-    assert "the same command goes on" in capsys.readouterr().out and not tables
+    assert "3 cells are left: the same command goes on" in capsys.readouterr().out and not tables
     assert len(study.read("lines")) < 5
     study.main([*small_study, "pretrain"])
     assert len(study.read("lines")) == 5
 
 
 def test_bad_input_to_a_study_is_one_line(capsys):
-    fails(["--minutes", "0"], "--minutes 0.0: must be above 0", capsys, study)
+    fails(["--minutes", "0"], "--minutes 0.0: must be from", capsys, study)
     fails(["--seeds", "-1"], "must be 0 or more", capsys, study)
     fails(["--rows", "best"], "invalid choice", capsys, study)
-    fails(["--results", Path(dmae.__file__), "--report"], "lines of JSON", capsys, study)
+    fails(["--results", Path(dmae.__file__), "--report"], "line 1 is not one", capsys, study)
+    fails(["--results", "nowhere", "--report"], "no lines in it yet", capsys, study)
+    fails(["--results", "no/folder"], "No such file or directory: no/folder", capsys, study)
+    fails(["--results", "nowhere", "--picture"], "is not there", capsys, study)
 
 
 def test_tables_of_the_readme_are_those_of_the_lines():

@@ -2,10 +2,10 @@
 
     python -m experiments.study --results mine.jsonl      # MAE, D-MAE and the control, three seeds
     python -m experiments.study --results mine.jsonl --minutes 10    # a piece; again: the next
-    python -m experiments.study --data shapes --rows all --columns all
-    python -m experiments.study --rows mae dmae grid --columns held-out --seeds 0     # its choices
-    python -m experiments.study --report                  # tables and figures of what there is
-    python -m experiments.study --picture                 # of seed 0's students, for the README
+    python -m experiments.study --results mine.jsonl --data shapes --rows all --columns all
+    python -m experiments.study --results mine.jsonl --rows mae dmae grid --columns held-out
+    python -m experiments.study --results mine.jsonl --picture          # of seed 0's students
+    python -m experiments.study --report                  # tables and figures of our lines
 
 A cell of the study is one run of dmae.py or finetune.py: a data set, a way to pre-train (row), a
 seed, and what is measured (column; `pretrain` is the pre-training itself). Each finished cell adds
@@ -15,11 +15,17 @@ Two of these may run side by side, in the same folder: with one thread each (OMP
 get as much done as one with two.
 
 One rule: a difference counts beyond two standard errors of its mean over seeds. Runs of the same
-seed had the same labels and the same order of images, so seeds are compared pair by pair.
+seed had the same labels and the same order of images, so seeds are compared pair by pair. With
+three seeds chance alone passes this one time in six: look whether columns agree, too. All students
+of a data set have the same teacher, so that what is found holds for that one.
+
+What a cell was chosen by is never the test set: learning rate and alpha come from the column
+`held-out`, a linear probe on training images that were taken out of its training (pre-training
+has seen them, without labels).
 """
 
-import contextlib
 import fcntl
+import itertools
 import json
 import math
 import shlex
@@ -35,7 +41,7 @@ from einops import einsum
 
 import dmae
 import finetune
-from dmae import InputError, Parser, one_line_errors
+from dmae import InputError, Parser, file_hash, one_line_errors
 from experiments.analyze import fit_mixer, load_student, open_images
 
 HERE = Path(__file__).parent
@@ -43,15 +49,17 @@ RESULTS = HERE / "results" / "study.jsonl"
 
 # ======================================================================================= the study
 
-# For each data set: the flags of its teacher and of every student, and epochs of fine-tuning with
-# 1 %, 10 % and all of the labels. Each student sees 180,000 images, each teacher 480,000.
+# For each data set: the flags of its teacher and of every student, epochs of fine-tuning with 1 %,
+# 10 % and all of the labels, and of plain MAE in the time that D-MAE took with its teacher (24.8 +
+# 5.1 minutes, where 3 epochs of MAE took 4.2). Other students see 180,000 images, teachers 480,000.
 DATA = {
     "fashion-mnist": dict(
         teacher="--student mini --epochs 8", student="--student slim --epochs 3 --blr 6e-3",
-        tuning=(60, 8, 1)),
+        tuning=(60, 8, 1), long=21),
     "shapes": dict(
         teacher="--student mini --epochs 24 --batch-size 128 --blr 3e-3",
-        student="--student slim --epochs 9 --batch-size 128 --blr 6e-3", tuning=(200, 20, 3)),
+        student="--student slim --epochs 9 --batch-size 128 --blr 6e-3", tuning=(200, 20, 3),
+        long=63),
 }
 
 # The rows of the tables: a name, what the table says, and the flags of dmae.py.
@@ -70,6 +78,7 @@ ROWS = {
     "d2": ("D²-MAE", TEACHER + " --decoupled"),
 }
 # What the learning rate (6e-3) and alpha (1) of `mae` and `dmae` were chosen from, beside these.
+# The other rows take D-MAE's, untuned.
 GRID = {
     **{f"mae-blr-{blr}": (f"MAE, blr {blr}", f"--teacher none --blr {blr}")
        for blr in ("1.5e-3", "3e-3", "1.2e-2")},
@@ -109,7 +118,7 @@ def command(s, data, row, seed, column):
     if column == "pretrain":
         own = setting["teacher" if row in TEACHERS else "student"].split()
         new = shlex.split(ALL_ROWS[row][1].format(
-            runs=runs, long=long_epochs(read(s.results), data)))
+            runs=runs, long=setting["long"]))
         for flag, value in zip(own[::2], own[1::2]):     # a row's flags come before the data set's
             new += [] if flag in new else [flag, value]
         return dmae, new + shlex.split(common)
@@ -119,22 +128,10 @@ def command(s, data, row, seed, column):
         start + " " + ALL_COLUMNS[column][1].format(*setting["tuning"]) + common)
 
 
-def long_epochs(lines, data):
-    """As many epochs of plain MAE as take the time of teacher and D-MAE, by the lines of seed 0."""
-    minutes = {line["row"]: line["minutes"] for line in lines
-               if (line["data"], line["seed"], line["column"]) == (data, 0, "pretrain")}
-    if not {"teacher", "mae", "dmae"} <= minutes.keys():
-        return 0                                       # not to be run yet: see `needs`
-    epochs = int(DATA[data]["student"].split("--epochs ")[1].split()[0])
-    return round(epochs * (minutes["teacher"] + minutes["dmae"]) / minutes["mae"])
-
-
 def needs(row, seed, column):
     """The cells, of the same data set, that must be there before this one."""
     if column != "pretrain":
         return [] if row == "scratch" else [(row, seed, "pretrain")]
-    if row == "mae-long":
-        return [(name, 0, "pretrain") for name in ("teacher", "mae", "dmae")]
     flags = ALL_ROWS[row][1]
     return [(name, 0, "pretrain") for name in TEACHERS if f"/{name}/" in flags]
 
@@ -143,61 +140,99 @@ def needs(row, seed, column):
 
 
 def read(path=RESULTS):
-    path = Path(path)
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise InputError(f"--results {path} is not what this program writes, lines of JSON: name "
-                         "another file") from error
+    """The lines of a file of results; none if there is no file."""
+    lines, path = [], Path(path)
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            line = json.loads(text)
+            float(line["minutes"]), line["data"], line["row"], line["seed"], line["command"]
+            float(line["images"] if line["column"] == "pretrain" else line["top1"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"--results {path}: line {number} is not one that this program "
+                             "writes; remove it, and its cell will be run again") from error
+        lines.append(line)
+    return lines
 
 
-def run(s, data, row, seed, column, wait=False):
-    """Run or resume a cell, and what it needs, and append its line. What another process is at
+def line_of(s, data, row, seed, column):
+    """The line of a cell, or None. Raises InputError if it was measured with other settings."""
+    found = [line for line in read(s.results) if (line["data"], line["row"], line["seed"],
+                                                  line["column"]) == (data, row, seed, column)]
+    if not found:
+        return None
+
+    def settings(words):
+        pairs = dict(zip(words[::2], words[1::2]))
+        return {flag: "/".join(Path(value).parts[-4:]) if flag in ("--init", "--teacher") else value
+                for flag, value in pairs.items() if flag != "--data-dir"}
+
+    before = settings(shlex.split(found[-1]["command"])[2:])
+    now = settings(command(s, data, row, seed, column)[1])
+    if before != now:
+        differ = ", ".join(sorted(x for x in before.keys() | now.keys()
+                                  if before.get(x) != now.get(x)))
+        raise InputError(f"--results {s.results}: {data}, {row}, seed {seed}, {column} was "
+                         f"measured with another {differ}: name another file")
+    return found[-1]
+
+
+def student(s, data, row, seed):
+    """The student.pth of a finished pre-training, if it is the one that its line tells of."""
+    path = Path(s.runs, data, row, str(seed), "pretrain", "student.pth")
+    line = line_of(s, data, row, seed, "pretrain")
+    if line is None or not path.exists() or file_hash(path) != line["student_sha256"]:
+        raise InputError(f"{path} is not there, or not that of {s.results}: name the --runs where "
+                         "it lies, or another --results to run it all anew")
+    return path
+
+
+def run(s, data, row, seed, column, wait):
+    """Run or resume a cell and append its line; True once it is there. What another process is at
     is left to it (wait: until it has finished)."""
-    key = dict(data=data, row=row, seed=seed, column=column)
-
-    def done():
-        return any(key.items() <= line.items() for line in read(s.results))
-
-    if done():
-        return
+    if line_of(s, data, row, seed, column):
+        return True
     for cell in needs(row, seed, column):
-        run(s, data, *cell, wait=True)
+        if not run(s, data, *cell, wait):
+            return False
+        student(s, data, *cell[:2])
     out = Path(s.runs, data, row, str(seed), column)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as lock:              # let go when the process ends, however
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            return
-        if done():
-            return
+            return False
+        if line_of(s, data, row, seed, column):
+            return True
         program, argv = command(s, data, row, seed, column)
         begun = {name for name in ("config.json", "checkpoint.pth") if (out / name).exists()}
         again = ["--resume"] if len(begun) == 2 else ["--overwrite"] if begun else []
-        print(f"--- {data}, {row}, seed {seed}, {column}", flush=True)
-        began = time.time()
+        print(f"--- {data}, {row}, seed {seed}, {column}: {out}", flush=True)
         result = program.main(argv + ["--out", str(out)] + again)
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        line = dict(key)
+        config = json.loads((out / "config.json").read_text())
+        line = dict(data=data, row=row, seed=seed, column=column)
         if column == "pretrain":
             keys = ("epoch", "loss", "mae", "attn", "knn")
             line["curve"] = [{k: x[k] for k in keys if k in x} for x in log]
             line["knn_pixels"] = log[0]["knn_pixels"]
-            config = json.loads((out / "config.json").read_text())["settings"]
-            steps = [b["step"] - a["step"] for a, b in zip(log, log[1:])]
-            line["images"] = sum(steps) * config["batch_size"]
-            line["minutes"] = sum(n * config["batch_size"] / x["images_per_second"] / 60
-                                  for n, x in zip(steps, log[1:]))
+            line["student_sha256"] = file_hash(out / "student.pth")
+            images = [(b["step"] - a["step"]) * config["settings"]["batch_size"]
+                      for a, b in zip(log, log[1:])]
+            line["images"] = sum(images)
+            # Of training alone; of the other columns, from start to end.
+            line["minutes"] = sum(n / x["images_per_second"] / 60 for n, x in zip(images, log[1:]))
         else:
             line |= {k: result[k] for k in ("top1", "train_images", "minutes")}
-        line |= dict(
-            command=shlex.join(["python", f"{program.__name__}.py", *argv]), commit=commit(),
-            date=time.strftime("%Y-%m-%d", time.gmtime(began)), torch=torch.__version__,
-            threads=torch.get_num_threads())
-        with open(s.results, "a") as file:
+        line |= dict(command=shlex.join(["python", f"{program.__name__}.py", *argv]),
+                     commit=s.commit, date=time.strftime("%Y-%m-%d"), torch=config["torch"],
+                     threads=torch.get_num_threads())
+        with open(s.results, "a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(line) + "\n")
+            file.seek(0)
+            whole = file.read()
+            file.write("\n" * (whole[-1:] not in ("", "\n")) + json.dumps(line) + "\n")
+    return True
 
 
 def commit():
@@ -206,8 +241,11 @@ def commit():
         return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True,
                               text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "../dmae.py", "../finetune.py", "../data.py")
-    return (git("rev-parse", "--short", "HEAD") + "+" * bool(changed)) or None
+    try:
+        changed = git("status", "--porcelain", "--", "../dmae.py", "../finetune.py", "../data.py")
+        return (git("rev-parse", "--short", "HEAD") + "+" * bool(changed)) or None
+    except OSError:                                                       # git is not installed
+        return None
 
 
 # ======================================================================================= reporting
@@ -221,11 +259,13 @@ def values_of(lines, data, row, column):
 
 
 def mean_and_deviation(values):
+    """Of {seed: value}; how many seeds, unless three."""
     if not values:
         return ""
     values = list(values.values())
     text = f"{statistics.mean(values):.1f}"
-    return text + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return text + f" ({len(values)})" * (len(values) != 3)
 
 
 def difference(a, b):
@@ -251,7 +291,7 @@ def tables(lines):
         if not shown:
             continue
         out[f"{data}: top-1 in percent"] = markdown(
-            ["pre-training", *(title for title, _ in COLUMNS.values()), "minutes"],
+            ["pre-training", *(title for title, _ in COLUMNS.values()), "minutes of it"],
             [[ROWS[row][0], *map(mean_and_deviation, values),
               mean_and_deviation(values_of(lines, data, row, "pretrain"))]
              for row, values in shown.items()])
@@ -261,7 +301,7 @@ def tables(lines):
                 against = [difference(a, b) for a, b in zip(values, shown.get(base, []))]
                 if row != base and any(against):
                     rows.append([ROWS[row][0], *("" if d is None else (
-                        f"{d[0]:+.1f} ± {d[1]:.1f}" + " *" * (abs(d[0]) > 2 * d[1]))
+                        f"{d[0]:+.1f} ± {d[1]:.1f}" + " *" * (abs(d[0]) > 2 * d[1] and d[2] > 2))
                         for d in against)])
             if rows:
                 out[f"{data}: difference from {ROWS[base][0]} (± standard error; *: counts)"] = (
@@ -311,12 +351,11 @@ def picture(s, data, path, count=4):
     D-MAE and of the teacher. Students of seed 0; of the teacher, the head whose scores vary most;
     of the students, what makes up for it: D-MAE's M, and the best mixture of the untrained heads.
     """
-    folder = Path(s.runs, data)
-    student = load_student(folder / "dmae/0/pretrain/student.pth")
-    mae, (mixer,) = student["mae"], student["mixers"].values()
+    saved = load_student(student(s, data, "dmae", 0))
+    mae, (mixer,) = saved["mae"], saved["mixers"].values()
     torch.manual_seed(0)
     vits = [dmae.ViT(**mae.encoder.config), mae.encoder,
-            dmae.load_vit(folder / "teacher/0/pretrain/student.pth")]
+            dmae.load_vit(student(s, data, "teacher", 0))]
     images = next(iter(open_images(data, s.data_dir, mae.encoder, "cpu", 0).plain(
         torch.arange(count))))
     noise = torch.rand(count, math.prod(mae.encoder.grid),
@@ -409,53 +448,67 @@ def main(argv=None):
     parser = make_parser()
     s = parser.parse_args(argv)
     with one_line_errors(parser, {}):
+        folder = HERE / "figures" if Path(s.results) == RESULTS else Path(s.results).parent
         if s.picture:
-            picture(s, s.data[0], HERE / "figures" / "study.png")
-        elif not s.report:
+            picture(s, s.data[0], folder / "study.png")
+            print(folder / "study.png")
+            return {}
+        if not s.report:
             run_all(s)
         lines = read(s.results)
+        if s.report and not lines:
+            raise InputError(f"--results {s.results}: there are no lines in it yet")
         out = tables(lines)
         for name, table in out.items():
             print(f"\n{name}\n\n{table}", end="")
         if s.report:
             print()
-            for name in figures(lines, HERE / "figures"):
-                print(f"figures/{name}")
+            for name in figures(lines, folder):
+                print(folder / name)
     return out
 
 
-def run_all(s):
-    if s.minutes is not None and not 0 < s.minutes < 10**6:
-        raise InputError(f"--minutes {s.minutes}: must be above 0")
-    if any(seed < 0 for seed in s.seeds):
-        raise InputError(f"--seeds {min(s.seeds)}: must be 0 or more")
-
+def cells(s):
+    """The cells that were asked for, in their order."""
     def chosen(kind, names):
         known = {name: [name] for name in [*ALL_ROWS, *ALL_COLUMNS, "pretrain"]}
         groups = known | {name: list(group) for name, group in GROUPS[kind].items()}
         return dict.fromkeys(name for group in names for name in groups[group])
 
+    for data, seed in itertools.product(s.data, s.seeds):
+        for row, column in itertools.product(chosen("rows", s.rows), chosen("columns", s.columns)):
+            if row != "scratch" or column in COLUMNS:        # there is nothing to pre-train or keep
+                yield data, row, seed, column
+
+
+def run_all(s):
+    """Run what is missing: first what no other process is at, then, waiting for it, the rest."""
+    if s.minutes is not None and not 1e-3 <= s.minutes < 10**6:
+        raise InputError(f"--minutes {s.minutes}: must be from 0.001 to 1000000")
+    if min(s.seeds) < 0:
+        raise InputError(f"--seeds {min(s.seeds)}: must be 0 or more")
+    s.commit, missing = commit(), list(cells(s))
+    with open(s.results, "a"):                       # that it can be written, now, not in an hour
+        pass
+
     def stop(*_):
         raise KeyboardInterrupt
 
-    if s.minutes is not None:
-        signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, 60 * s.minutes)
     try:
-        for data in s.data:
-            for seed in s.seeds:
-                for row in chosen("rows", s.rows):
-                    for column in chosen("columns", s.columns):
-                        if (row, column) != ("scratch", "pretrain"):
-                            run(s, data, row, seed, column)
+        if s.minutes is not None:
+            signal.signal(signal.SIGALRM, stop)
+            signal.setitimer(signal.ITIMER_REAL, 60 * s.minutes)
+        for wait in (False, True):
+            for cell in list(missing):
+                if run(s, *cell, wait):
+                    missing.remove(cell)
     except (KeyboardInterrupt, SystemExit) as stopped:
         # The programs end in 130 when interrupted; whatever else ended them has said why.
         if isinstance(stopped, SystemExit) and stopped.code != 130:
             raise
-        print("stopped; the same command goes on from here")
+        print(f"stopped, {len(missing)} cells are left: the same command goes on")
     finally:
-        with contextlib.suppress(ValueError):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":
