@@ -2464,7 +2464,7 @@ def test_a_difference_counts_beyond_two_standard_errors():
     assert found == pytest.approx((pairs.mean(), pairs.std(ddof=1) / 3 ** 0.5, 3))
     table = study.tables(lines)[
         "fashion-mnist: difference from MAE (± standard error; *: counts)"]
-    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[3] for line in
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1].rstrip(" |") for line in
              table.splitlines()[2:]}
     assert cells == {"D-MAE, last block": "+2.3 ± 0.3 *", "D-MAE, block 3": "+1.0 ± 0.6"}
     assert study.difference({0: 1.0, 1: 2.0}, {1: 1.0, 2: 2.0}) is None          # one seed is none

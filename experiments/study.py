@@ -285,16 +285,18 @@ def tables(lines):
     """{name: a table in Markdown} of all that `lines` have to say."""
     out = {}
     for data in DATA:
-        shown = {row: [values_of(lines, data, row, column) for column in COLUMNS]
+        columns = [column for column in COLUMNS
+                   if any(values_of(lines, data, row, column) for row in ROWS)]
+        titles = ["pre-training", *(COLUMNS[column][0] for column in columns)]
+        shown = {row: [values_of(lines, data, row, column) for column in columns]
                  for row in ROWS}
         shown = {row: values for row, values in shown.items() if any(values)}
-        if not shown:
-            continue
-        out[f"{data}: top-1 in percent"] = markdown(
-            ["pre-training", *(title for title, _ in COLUMNS.values()), "minutes of it"],
-            [[ROWS[row][0], *map(mean_and_deviation, values),
-              mean_and_deviation(values_of(lines, data, row, "pretrain"))]
-             for row, values in shown.items()])
+        if shown:
+            out[f"{data}: top-1 in percent"] = markdown(
+                [*titles, "minutes of it"],
+                [[ROWS[row][0], *map(mean_and_deviation, values),
+                  mean_and_deviation(values_of(lines, data, row, "pretrain"))]
+                 for row, values in shown.items()])
         for base in ("mae", "dmae"):
             rows = []
             for row, values in shown.items():
@@ -305,7 +307,7 @@ def tables(lines):
                         for d in against)])
             if rows:
                 out[f"{data}: difference from {ROWS[base][0]} (± standard error; *: counts)"] = (
-                    markdown(["pre-training", *(title for title, _ in COLUMNS.values())], rows))
+                    markdown(titles, rows))
         taken = {"mae": "MAE, blr 6e-3 (taken)",
                  "dmae": "D-MAE, blr 6e-3, alpha 1 (taken)"}
         grid = {title: values_of(lines, data, row, "held-out") for row, title in
