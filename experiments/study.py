@@ -101,7 +101,7 @@ COLUMNS = {
     "linear": ("linear", "--mode linear --eval-every 100"),
     "1%": ("1 % labels", "--label-fraction 0.01 --epochs {0} --eval-every {0}"),
     "10%": ("10 % labels", "--label-fraction 0.1 --epochs {1} --eval-every {1}"),
-    "all": ("all labels", "--epochs {2} --eval-every {2}"),
+    "100%": ("all labels", "--epochs {2} --eval-every {2}"),
 }
 HELD_OUT = {"held-out": ("linear, held out", "--mode linear --holdout 5000 --eval-every 100")}
 # The first K blocks kept, the others begun anew; K = 6 is the column `1%` or `10%` itself.
@@ -340,7 +340,7 @@ def headline(lines, data):
     """The README's first table: what the labels are worth after each kind of pre-training."""
     rows = []
     for row in ("scratch", "mae", "dmae"):
-        values = [values_of(lines, data, row, column) for column in ("1%", "all")]
+        values = [values_of(lines, data, row, column) for column in ("1%", "100%")]
         if all(values):
             rows.append([ROWS[row][0], *map(mean_and_deviation, values)])
     return markdown(["pre-training", "1 % of the labels", "all labels"], rows)
