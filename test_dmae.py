@@ -2457,7 +2457,8 @@ def study_lines(**values):
 
 
 def test_a_difference_counts_beyond_two_standard_errors():
-    lines = study_lines(mae=[0.70, 0.74, 0.78], dmae=[0.72, 0.77, 0.80], lower=[0.71, 0.74, 0.80])
+    lines = study_lines(mae=[0.70, 0.74, 0.78], dmae=[0.72, 0.77, 0.80],
+                        untrained=[0.71, 0.74, 0.80])
     found = study.difference(*(study.values_of(lines, "fashion-mnist", row, "1%")
                                for row in ("dmae", "mae")))
     pairs = np.array([2.0, 3.0, 2.0])                        # in points, pair by pair
@@ -2466,7 +2467,7 @@ def test_a_difference_counts_beyond_two_standard_errors():
         "fashion-mnist: difference from MAE (± standard error; *: counts)"]
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1].rstrip(" |") for line in
              table.splitlines()[2:]}
-    assert cells == {"D-MAE, last block": "+2.3 ± 0.3 *", "D-MAE, block 3": "+1.0 ± 0.6"}
+    assert cells == {"D-MAE, last block": "+2.3 ± 0.3 *", "D-MAE, untrained teacher": "+1.0 ± 0.6"}
     assert study.difference({0: 1.0, 1: 2.0}, {1: 1.0, 2: 2.0}) is None          # one seed is none
 
 

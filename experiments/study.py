@@ -297,11 +297,12 @@ def tables(lines):
                 [[ROWS[row][0], *map(mean_and_deviation, values),
                   mean_and_deviation(values_of(lines, data, row, "pretrain"))]
                  for row, values in shown.items()])
-        for base in ("mae", "dmae"):
+        for base, others in (("mae", ("scratch", "mae-long", "dmae", "untrained")),
+                             ("dmae", list(ROWS)[list(ROWS).index("untrained"):])):
             rows = []
             for row, values in shown.items():
                 against = [difference(a, b) for a, b in zip(values, shown.get(base, []))]
-                if row != base and any(against):
+                if row in others and any(against):
                     rows.append([ROWS[row][0], *("" if d is None else (
                         f"{d[0]:+.1f} ± {d[1]:.1f}" + " *" * (abs(d[0]) > 2 * d[1] and d[2] > 2))
                         for d in against)])
