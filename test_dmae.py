@@ -2552,7 +2552,7 @@ def test_a_study_measures_and_two_of_them_share_the_work(small_study, monkeypatc
 
 
 def test_a_study_stops_in_time_and_goes_on(small_study, capsys):
-    tables = study.main([*small_study, "pretrain", "--minutes", "0.005"])
+    tables = study.main([*small_study, "pretrain", "--minutes", "0.001"])
     assert "3 cells are left: the same command goes on" in capsys.readouterr().out and not tables
     assert len(study.read("lines")) < 5
     study.main([*small_study, "pretrain"])
