@@ -16,7 +16,7 @@ get as much done as one with two.
 
 One rule: a difference counts beyond two standard errors of its mean over seeds. Runs of the same
 seed had the same labels and the same order of images, so seeds are compared pair by pair. With
-three seeds chance alone passes this one time in six: look whether columns agree, too. All students
+three seeds chance alone passes this 18 % of the time: look whether columns agree, too. All students
 of a data set have the same teacher, so that what is found holds for that one.
 
 What a cell was chosen by is never the test set: learning rate and alpha come from the column
@@ -51,7 +51,8 @@ RESULTS = HERE / "results" / "study.jsonl"
 
 # For each data set: the flags of its teacher and of every student, epochs of fine-tuning with 1 %,
 # 10 % and all of the labels, and of plain MAE in the time that D-MAE took with its teacher (24.8 +
-# 5.1 minutes, where 3 epochs of MAE took 4.2). Other students see 180,000 images, teachers 480,000.
+# 5.1 minutes, where 3 epochs of MAE took 4.2 on Fashion-MNIST; as many images for `shapes`). Other
+# students see 180,000 images, teachers 480,000.
 DATA = {
     "fashion-mnist": dict(
         teacher="--student mini --epochs 8", student="--student slim --epochs 3 --blr 6e-3",
@@ -117,8 +118,7 @@ def command(s, data, row, seed, column):
     common = f" --data {data} --data-dir {shlex.quote(s.data_dir)} --seed {seed}"
     if column == "pretrain":
         own = setting["teacher" if row in TEACHERS else "student"].split()
-        new = shlex.split(ALL_ROWS[row][1].format(
-            runs=runs, long=setting["long"]))
+        new = shlex.split(ALL_ROWS[row][1].format(runs=runs, long=setting["long"]))
         for flag, value in zip(own[::2], own[1::2]):     # a row's flags come before the data set's
             new += [] if flag in new else [flag, value]
         return dmae, new + shlex.split(common)
@@ -423,7 +423,7 @@ def figures(lines, folder):
 
 
 def make_parser():
-    parser = Parser(prog="study.py", allow_abbrev=False,
+    parser = Parser(prog="python -m experiments.study", allow_abbrev=False,
                     description="Pre-train and fine-tune small students, and compare.")
     add = parser.add_argument
     add("--data", nargs="+", choices=DATA, default=["fashion-mnist"], help="[fashion-mnist]")
