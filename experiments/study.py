@@ -298,7 +298,7 @@ def tables(lines):
                   mean_and_deviation(values_of(lines, data, row, "pretrain"))]
                  for row, values in shown.items()])
         for base, others in (("mae", ("scratch", "mae-long", "dmae", "untrained")),
-                             ("dmae", list(ROWS)[list(ROWS).index("untrained"):])):
+                             ("dmae", ["mae-long", *list(ROWS)[list(ROWS).index("untrained"):]])):
             rows = []
             for row, values in shown.items():
                 against = [difference(a, b) for a, b in zip(values, shown.get(base, []))]
@@ -398,19 +398,25 @@ def figures(lines, folder):
         if not runs:
             continue
         fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
-        rows = [row for row in ROWS if any(line["row"] == row for line in runs)]
-        for n, row in enumerate(rows):
-            mine = [line for line in runs if line["row"] == row]
-            for i, line in enumerate(mine):
-                each = line["images"] / 1000 / max(1, len(line["curve"]) - 1)
+        ticks = {0.0}
+        for n, row in enumerate(ROWS):
+            for i, line in enumerate(x for x in runs if x["row"] == row):
+                epochs = max(1, len(line["curve"]) - 1)
+                each = line["images"] / 1000 / epochs
+                ticks |= {each, each * epochs}
                 for axis, key in zip(axes, ("mae", "attn", "knn")):
                     points = [(x["epoch"] * each, x[key]) for x in line["curve"] if key in x]
                     if points:
                         axis.plot(*zip(*points), color=f"C{n}", linewidth=1, marker=".",
                                   label=ROWS[row][0] if i == 0 else None)
+        ticks = sorted(ticks)
         for axis, title in zip(axes, ("MAE loss", "distillation loss", "k-NN top-1")):
             axis.set_title(title)
             axis.set_xlabel("thousand images seen")
+            # Rows differ sevenfold in length; linear up to the first epoch, which has 0 before it.
+            axis.set_xscale("symlog", linthresh=ticks[1], linscale=0.3)
+            axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+            axis.minorticks_off()
         axes[1].set_yscale("log")
         axes[2].legend(fontsize=7)
         fig.savefig(folder / f"study_{data}.png", dpi=80)
