@@ -298,7 +298,7 @@ def tables(lines):
                   mean_and_deviation(values_of(lines, data, row, "pretrain"))]
                  for row, values in shown.items()])
         for base, others in (("mae", ("scratch", "mae-long", "dmae", "untrained")),
-                             ("dmae", ["mae-long", *list(ROWS)[list(ROWS).index("untrained"):]])):
+                             ("dmae", ROWS.keys() - {"scratch", "mae", "dmae"})):
             rows = []
             for row, values in shown.items():
                 against = [difference(a, b) for a, b in zip(values, shown.get(base, []))]
