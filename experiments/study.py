@@ -78,8 +78,9 @@ ROWS = {
     "hidden": ("D-MAE, hidden states", TEACHER + " --match hidden"),
     "d2": ("D²-MAE", TEACHER + " --decoupled"),
 }
-# What the learning rate (6e-3) and alpha (1) of `mae` and `dmae` were chosen from, beside these.
+# What the learning rate (TAKEN) and alpha (1) of `mae` and `dmae` were chosen from, beside these.
 # The other rows take D-MAE's, untuned.
+TAKEN = "6e-3"
 GRID = {
     **{f"mae-blr-{blr}": (f"MAE, blr {blr}", f"--teacher none --blr {blr}")
        for blr in ("1.5e-3", "3e-3", "1.2e-2")},
@@ -309,14 +310,17 @@ def tables(lines):
             if rows:
                 out[f"{data}: difference from {ROWS[base][0]} (± standard error; *: counts)"] = (
                     markdown(titles, rows))
-        taken = {"mae": "MAE, blr 6e-3 (taken)",
-                 "dmae": "D-MAE, blr 6e-3, alpha 1 (taken)"}
-        grid = {title: values_of(lines, data, row, "held-out") for row, title in
-                (taken | {row: title for row, (title, _) in GRID.items()}).items()}
-        if any(grid.values()):
+        grid = []
+        for setting in ("1.5e-3", "3e-3", "3e-3-alpha-0.3", "3e-3-alpha-3", TAKEN, "1.2e-2"):
+            rows = [model if setting == TAKEN else f"{model}-blr-{setting}"
+                    for model in ("mae", "dmae")]
+            values = [values_of(lines, data, row, "held-out") for row in rows]
+            if any(values):
+                grid.append([setting.replace("-alpha-", ", alpha ")
+                             + " (taken)" * (setting == TAKEN), *map(mean_and_deviation, values)])
+        if grid:
             out[f"{data}: linear probe on held-out training images"] = markdown(
-                ["pre-training", "top-1"],
-                [[title, mean_and_deviation(values)] for title, values in grid.items() if values])
+                ["blr", ROWS["mae"][0], ROWS["dmae"][0]], grid)
         keep = []
         for share in ("1%", "10%"):
             for row in ("mae", "dmae"):
