@@ -16,12 +16,13 @@ get as much done as one with two.
 
 One rule: a difference counts beyond two standard errors of its mean over seeds. Runs of the same
 seed had the same labels and the same order of images, so seeds are compared pair by pair. With
-three seeds chance alone passes this 18 % of the time: look whether columns agree, too. All students
-of a data set have the same teacher, so that what is found holds for that one.
+three seeds chance alone passes this 18 % of the time, and columns that agree measure the same three
+students: ** marks what chance passes 5 % of the time. All students of a data set have the same
+teacher, so that what is found holds for that one.
 
-What a cell was chosen by is never the test set: learning rate and alpha come from the column
-`held-out`, a linear probe on training images that were taken out of its training (pre-training
-has seen them, without labels).
+What settings were chosen by is never the test set: the learning rate comes from the column
+`held-out`, a linear probe on training images that were taken out of its training (pre-training has
+seen them, without labels). Alpha is the paper's.
 """
 
 import fcntl
@@ -50,9 +51,9 @@ RESULTS = HERE / "results" / "study.jsonl"
 # ======================================================================================= the study
 
 # For each data set: the flags of its teacher and of every student, epochs of fine-tuning with 1 %,
-# 10 % and all of the labels, and of plain MAE in the time that D-MAE took with its teacher (24.8 +
-# 5.1 minutes, where 3 epochs of MAE took 4.2 on Fashion-MNIST; as many images for `shapes`). Other
-# students see 180,000 images, teachers 480,000.
+# 10 % and all of the labels, and of plain MAE in the time that D-MAE took with its teacher: 24.8 +
+# 5.1 minutes on Fashion-MNIST, where 3 epochs of MAE took 4.2; 25.9 + 6.5 on `shapes`, where 9 took
+# 4.0. Other students see 180,000 images, teachers 480,000.
 DATA = {
     "fashion-mnist": dict(
         teacher="--student mini --epochs 8", student="--student slim --epochs 3 --blr 6e-3",
@@ -60,7 +61,7 @@ DATA = {
     "shapes": dict(
         teacher="--student mini --epochs 24 --batch-size 128 --blr 3e-3",
         student="--student slim --epochs 9 --batch-size 128 --blr 6e-3", tuning=(200, 20, 3),
-        long=63),
+        long=73),
 }
 
 # The rows of the tables: a name, what the table says, and the flags of dmae.py.
@@ -72,24 +73,27 @@ ROWS = {
     "mae-long": ("MAE, as long as D-MAE and its teacher", "--teacher none --epochs {long}"),
     "dmae": ("D-MAE, last block", TEACHER),
     "untrained": ("D-MAE, untrained teacher", UNTRAINED),
+    "untrained-45": ("D-MAE, untrained teacher (alpha 45)", UNTRAINED + " --alpha 45"),
     "lower": ("D-MAE, block 3", TEACHER + " --layers 3:3"),
     "every": ("D-MAE, all blocks", TEACHER + " --layers 1:1,2:2,3:3,4:4,5:5,6:6"),
     "probs": ("D-MAE, after the softmax (alpha 100)", TEACHER + " --match probs --alpha 100"),
     "hidden": ("D-MAE, hidden states", TEACHER + " --match hidden"),
     "d2": ("D²-MAE", TEACHER + " --decoupled"),
 }
-# What the learning rate (TAKEN) and alpha (1) of `mae` and `dmae` were chosen from, beside these.
-# The other rows take D-MAE's, untuned.
-TAKEN = "6e-3"
-GRID = {
-    **{f"mae-blr-{blr}": (f"MAE, blr {blr}", f"--teacher none --blr {blr}")
-       for blr in ("1.5e-3", "3e-3", "1.2e-2")},
-    **{f"dmae-blr-{blr}": (f"D-MAE, blr {blr}", f"{TEACHER} --blr {blr}")
-       for blr in ("1.5e-3", "3e-3", "1.2e-2")},
-    **{f"dmae-blr-3e-3-alpha-{alpha}": (f"D-MAE, blr 3e-3, alpha {alpha}",
-                                        f"{TEACHER} --blr 3e-3 --alpha {alpha}")
-       for alpha in ("0.3", "3")},
+# What `mae` and `dmae` were tried with, beside the settings that were taken (the last two after
+# that). The other rows take D-MAE's, untuned.
+SETTINGS = {
+    "blr-1.5e-3": ("blr 1.5e-3", "--blr 1.5e-3"),
+    "blr-3e-3": ("blr 3e-3", "--blr 3e-3"),
+    "blr-3e-3-alpha-0.3": ("blr 3e-3, alpha 0.3", "--blr 3e-3 --alpha 0.3"),
+    "blr-3e-3-alpha-3": ("blr 3e-3, alpha 3", "--blr 3e-3 --alpha 3"),
+    "taken": ("blr 6e-3, alpha 1 (taken)", ""),
+    "blr-1.2e-2": ("blr 1.2e-2", "--blr 1.2e-2"),
+    "warmup-1": ("blr 6e-3, one epoch of warm-up", "--warmup-epochs 1"),
 }
+GRID = {f"{model}-{name}": (f"{ROWS[model][0]}, {title}", f"{ROWS[model][1]} {flags}")
+        for model in ("mae", "dmae") for name, (title, flags) in SETTINGS.items()
+        if flags and not (model == "mae" and "--alpha" in flags)}
 # What others need, without a place in the main table.
 TEACHERS = {
     "teacher": ("the teacher", "--teacher none"),
@@ -108,7 +112,7 @@ COLUMNS = {
 HELD_OUT = {"held-out": ("linear, held out", "--mode linear --holdout 5000 --eval-every 100")}
 # The first K blocks kept, the others begun anew; K = 6 is the column `1%` or `10%` itself.
 KEEP = {f"keep{k}-{share}": (f"{k} blocks kept, {share}", f"{COLUMNS[share][1]} --keep-blocks {k}")
-        for share in ("1%", "10%") for k in (0, 2, 4)}
+        for share in ("1%", "10%") for k in (2, 4)}
 ALL_COLUMNS = COLUMNS | HELD_OUT | KEEP
 GROUPS = dict(rows=dict(all=ROWS, grid=GRID), columns=dict(all=COLUMNS, keep=KEEP))
 
@@ -162,16 +166,17 @@ def line_of(s, data, row, seed, column):
     if not found:
         return None
 
-    def settings(words):
-        pairs = dict(zip(words[::2], words[1::2]))
-        return {flag: "/".join(Path(value).parts[-4:]) if flag in ("--init", "--teacher") else value
-                for flag, value in pairs.items() if flag != "--data-dir"}
+    program, argv = command(s, data, row, seed, column)
 
-    before = settings(shlex.split(found[-1]["command"])[2:])
-    now = settings(command(s, data, row, seed, column)[1])
+    def settings(words):
+        given = vars(program.make_parser().parse_args(words))
+        return {flag: "/".join(Path(value).parts[-4:]) if flag in ("init", "teacher") else value
+                for flag, value in given.items() if flag != "data_dir"}
+
+    before, now = settings(shlex.split(found[-1]["command"])[2:]), settings(argv)
     if before != now:
-        differ = ", ".join(sorted(x for x in before.keys() | now.keys()
-                                  if before.get(x) != now.get(x)))
+        differ = ", ".join(f"--{x.replace('_', '-')}" for x in sorted(before.keys() | now.keys())
+                           if before.get(x) != now.get(x))
         raise InputError(f"--results {s.results}: {data}, {row}, seed {seed}, {column} was "
                          f"measured with another {differ}: name another file")
     return found[-1]
@@ -214,7 +219,7 @@ def run(s, data, row, seed, column, wait):
         config = json.loads((out / "config.json").read_text())
         line = dict(data=data, row=row, seed=seed, column=column)
         if column == "pretrain":
-            keys = ("epoch", "loss", "mae", "attn", "knn")
+            keys = ("epoch", "loss", "mae", "attn", "hidden", "knn")
             line["curve"] = [{k: x[k] for k in keys if k in x} for x in log]
             line["knn_pixels"] = log[0]["knn_pixels"]
             line["student_sha256"] = file_hash(out / "student.pth")
@@ -277,6 +282,18 @@ def difference(a, b):
     return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs)), len(pairs)
 
 
+def difference_text(a, b):
+    """The same in words. By the rule of the study, * marks what counts; ** what chance alone passes
+    in less than one of twenty cases (Student's t). Two seeds decide nothing."""
+    found = difference(a, b)
+    if found is None:
+        return ""
+    mean, error, seeds = found
+    limit = {2: math.inf, 3: 4.30, 4: 3.18, 5: 2.78}.get(seeds, 2.58)
+    star = "**" if abs(mean) > limit * error else "*" if abs(mean) > 2 * error and seeds > 2 else ""
+    return f"{mean:+.2f} ± {error:.2f} {star}".rstrip() + f" ({seeds})" * (seeds != 3)
+
+
 def markdown(head, rows):
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -298,40 +315,38 @@ def tables(lines):
                 [[ROWS[row][0], *map(mean_and_deviation, values),
                   mean_and_deviation(values_of(lines, data, row, "pretrain"))]
                  for row, values in shown.items()])
-        for base, others in (("mae", ("scratch", "mae-long", "dmae", "untrained")),
+        for base, others in (("mae", ROWS.keys() - {"mae"}),
                              ("dmae", ROWS.keys() - {"scratch", "mae", "dmae"})):
             rows = []
             for row, values in shown.items():
-                against = [difference(a, b) for a, b in zip(values, shown.get(base, []))]
+                against = list(map(difference_text, values, shown.get(base, [])))
                 if row in others and any(against):
-                    rows.append([ROWS[row][0], *("" if d is None else (
-                        f"{d[0]:+.1f} ± {d[1]:.1f}" + " *" * (abs(d[0]) > 2 * d[1] and d[2] > 2))
-                        for d in against)])
+                    rows.append([ROWS[row][0], *against])
             if rows:
-                out[f"{data}: difference from {ROWS[base][0]} (± standard error; *: counts)"] = (
+                out[f"{data}: difference from {ROWS[base][0]} (± standard error)"] = (
                     markdown(titles, rows))
         grid = []
-        for setting in ("1.5e-3", "3e-3", "3e-3-alpha-0.3", "3e-3-alpha-3", TAKEN, "1.2e-2"):
-            rows = [model if setting == TAKEN else f"{model}-blr-{setting}"
-                    for model in ("mae", "dmae")]
-            values = [values_of(lines, data, row, "held-out") for row in rows]
+        for name, (title, _) in SETTINGS.items():
+            values = [values_of(lines, data, row if name == "taken" else f"{row}-{name}", "held-out")
+                      for row in ("mae", "dmae")]
             if any(values):
-                grid.append([setting.replace("-alpha-", ", alpha ")
-                             + " (taken)" * (setting == TAKEN), *map(mean_and_deviation, values)])
+                grid.append([title, *map(mean_and_deviation, values)])
         if grid:
             out[f"{data}: linear probe on held-out training images"] = markdown(
-                ["blr", ROWS["mae"][0], ROWS["dmae"][0]], grid)
+                ["settings", ROWS["mae"][0], ROWS["dmae"][0]], grid)
         keep = []
         for share in ("1%", "10%"):
             for row in ("mae", "dmae"):
-                values = [values_of(lines, data, row, f"keep{k}-{share}") for k in (0, 2, 4)]
+                values = [values_of(lines, data, row, f"keep{k}-{share}") for k in (2, 4)]
                 if any(values):
-                    whole = values_of(lines, data, row, share)
+                    seeds = set().union(*values)
+                    whole = {seed: value for seed, value in
+                             values_of(lines, data, row, share).items() if seed in seeds}
                     keep.append([ROWS[row][0], share.replace("%", " %"),
                                  *map(mean_and_deviation, [*values, whole])])
         if keep:
             out[f"{data}: only the first blocks kept"] = markdown(
-                ["pre-training", "labels", "0 (embedding)", "2", "4", "6 (all)"], keep)
+                ["pre-training", "labels", "2", "4", "6 (all)"], keep)
         teacher = [values_of(lines, data, "teacher", column)
                    for column in ("knn", "linear", "pretrain")]
         if any(teacher):
@@ -343,12 +358,10 @@ def tables(lines):
 
 def headline(lines, data):
     """The README's first table: what the labels are worth after each kind of pre-training."""
-    rows = []
-    for row in ("scratch", "mae", "dmae"):
-        values = [values_of(lines, data, row, column) for column in ("1%", "100%")]
-        if all(values):
-            rows.append([ROWS[row][0], *map(mean_and_deviation, values)])
-    return markdown(["pre-training", "1 % of the labels", "all labels"], rows)
+    rows = [[ROWS[row][0], *(mean_and_deviation(values_of(lines, data, row, column))
+                             for column in ("1%", "100%"))]
+            for row in ("scratch", "mae", "mae-long", "dmae")]
+    return markdown(["pre-training", "1 % of the labels", "all labels, one epoch"], rows)
 
 
 @torch.no_grad()
@@ -387,7 +400,7 @@ def picture(s, data, path, count=4):
 
 
 def figures(lines, folder):
-    """Curves over pre-training, a file for each data set: its names."""
+    """Curves over pre-training, mean and range over seeds, a file for each data set: its names."""
     try:
         import matplotlib
     except ImportError:
@@ -397,26 +410,33 @@ def figures(lines, folder):
     import matplotlib.pyplot as plt
     made = []
     for data in DATA:
-        runs = [line for line in lines if line["data"] == data and line["column"] == "pretrain"
-                and line["row"] in ROWS]
-        if not runs:
+        runs = {row: [line for line in lines if (line["data"], line["row"], line["column"]) == (
+            data, row, "pretrain")] for row in ("mae", "mae-long", "dmae", "untrained")}
+        if not any(runs.values()):
             continue
         fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
         ticks = {0.0}
-        for n, row in enumerate(ROWS):
-            for i, line in enumerate(x for x in runs if x["row"] == row):
-                epochs = max(1, len(line["curve"]) - 1)
-                each = line["images"] / 1000 / epochs
-                ticks |= {each, each * epochs}
-                for axis, key in zip(axes, ("mae", "attn", "knn")):
-                    points = [(x["epoch"] * each, x[key]) for x in line["curve"] if key in x]
-                    if points:
-                        axis.plot(*zip(*points), color=f"C{n}", linewidth=1, marker=".",
-                                  label=ROWS[row][0] if i == 0 else None)
+        for n, (row, seeds) in enumerate(runs.items()):
+            if not seeds:
+                continue
+            curves = [line["curve"] for line in seeds]
+            each = seeds[0]["images"] / 1000 / max(1, len(curves[0]) - 1)
+            ticks |= {each, each * (len(curves[0]) - 1)}
+            for axis, key, unit in zip(axes, ("mae", "attn", "knn"), (1, 1, 100)):
+                points = [(i * each, [unit * x[key] for x in epoch])
+                          for i, epoch in enumerate(zip(*curves)) if key in epoch[0]]
+                if points:
+                    x, values = zip(*points)
+                    axis.plot(x, list(map(statistics.mean, values)), color=f"C{n}", linewidth=1,
+                              marker=".", label=ROWS[row][0])
+                    axis.fill_between(x, list(map(min, values)), list(map(max, values)),
+                                      color=f"C{n}", alpha=0.2, linewidth=0)
+            axes[2].axhline(100 * seeds[0]["knn_pixels"], color="grey", linestyle=":", linewidth=1,
+                            label=None if n else "raw pixels")
         ticks = sorted(ticks)
-        for axis, title in zip(axes, ("MAE loss", "distillation loss", "k-NN top-1")):
+        for axis, title in zip(axes, ("MAE loss", "distillation loss", "k-NN top-1, %")):
             axis.set_title(title)
-            axis.set_xlabel("thousand images seen")
+            axis.set_xlabel("thousand images seen (logarithmic after the first epoch)")
             # Rows differ sevenfold in length; linear up to the first epoch, which has 0 before it.
             axis.set_xscale("symlog", linthresh=ticks[1], linscale=0.3)
             axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
