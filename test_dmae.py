@@ -2528,8 +2528,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, tmp_path, c
     with pytest.raises(SystemExit):
         study.main([*small_study[:-4], "dmae", "--columns", "knn"])
     assert "is not there, or not that of lines" in capsys.readouterr().err
-    # Nor is a line of other settings taken for one of these. Where the data lie makes no difference,
-    # nor does a flag without a value.
+    # Where the data lie makes no difference, nor does a flag without a value; other settings do.
     study.main([*small_study[:-4], "mae", "--columns", "pretrain", "--data-dir", "elsewhere"])
     s = argparse.Namespace(results="decoupled", runs="my runs", data_dir="here")
     program, argv = study.command(s, "shapes", "d2", 0, "pretrain")

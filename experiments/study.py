@@ -327,8 +327,8 @@ def tables(lines):
                     markdown(titles, rows))
         grid = []
         for name, (title, _) in SETTINGS.items():
-            values = [values_of(lines, data, row if name == "taken" else f"{row}-{name}", "held-out")
-                      for row in ("mae", "dmae")]
+            rows = [row if name == "taken" else f"{row}-{name}" for row in ("mae", "dmae")]
+            values = [values_of(lines, data, row, "held-out") for row in rows]
             if any(values):
                 grid.append([title, *map(mean_and_deviation, values)])
         if grid:
@@ -431,8 +431,8 @@ def figures(lines, folder):
                               marker=".", label=ROWS[row][0])
                     axis.fill_between(x, list(map(min, values)), list(map(max, values)),
                                       color=f"C{n}", alpha=0.2, linewidth=0)
-            axes[2].axhline(100 * seeds[0]["knn_pixels"], color="grey", linestyle=":", linewidth=1,
-                            label=None if n else "raw pixels")
+        pixels = next(seeds[0]["knn_pixels"] for seeds in runs.values() if seeds)
+        axes[2].axhline(100 * pixels, color="grey", linestyle=":", linewidth=1, label="raw pixels")
         ticks = sorted(ticks)
         for axis, title in zip(axes, ("MAE loss", "distillation loss", "k-NN top-1, %")):
             axis.set_title(title)
