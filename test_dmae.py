@@ -2542,6 +2542,39 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, tmp_path, c
     assert "mae, seed 0, pretrain was measured with another --blr" in capsys.readouterr().err
 
 
+def test_a_study_draws_what_it_has_run(small_study, monkeypatch, capsys):
+    study.main([*small_study, "pretrain"])
+    files = ["--runs", "my runs", "--results", "lines", "--data", "shapes"]
+    study.main([*files, "--picture"])
+    image, side = read_image("study.png").float(), 96 + 2          # of a tile, with its frame
+    assert image.shape[1:] == (4 * side + 2, 6 * side + 2)
+    tiles = image[:, 2:, 2:].unfold(1, 96, side).unfold(2, 96, side)         # 3 rows columns 96 96
+    patch = 96 // 8
+    patches = tiles.unfold(3, patch, patch).unfold(4, patch, patch).flatten(5, 6).flatten(3, 4)
+    test, visible, both, *maps = patches.permute(2, 1, 3, 0, 4)      # each: rows n 3 pixels
+    kept = (visible == test).flatten(2).all(-1)
+    assert (kept.sum(-1) == 16).all() and (both[kept] == test[kept]).all()
+    assert (both[~kept] != test[~kept]).flatten(1).any(-1).all()
+    for drawn in maps:                                              # grey where visible, else blue
+        assert (drawn == drawn[..., :1]).all()
+        colour = drawn[..., 0]
+        assert (colour[kept] == colour[kept][:, :1]).all()
+        assert len(colour[~kept].unique(dim=0)) == 1 and colour[~kept][0].unique().numel() == 3
+    teacher = maps[2][..., 0, 0].masked_fill(~kept, 128)
+    assert (teacher.amin(1) == 0).all() and (teacher.amax(1) == 255).all()
+    assert not torch.equal(maps[0], maps[1]) and not torch.equal(maps[1], maps[2])
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        study.main([*files, "--report"])
+    assert "figures need pip install matplotlib" in capsys.readouterr().out
+    assert not Path("study_shapes.png").exists()
+    pytest.importorskip("matplotlib")
+    study.main([*files, "--report"])
+    assert "study_shapes.png" in capsys.readouterr().out
+    curves = read_image("study_shapes.png").float()
+    assert min(curves.shape[1:]) > 100 and curves.std() > 10
+
+
 def test_a_study_measures_and_two_of_them_share_the_work(small_study, monkeypatch, capsys):
     study.main([*small_study[:-4], "scratch", "--columns", "1%"])
     line, = study.read("lines")
