@@ -53,7 +53,7 @@ RESULTS = HERE / "results" / "study.jsonl"
 # For each data set: the flags of its teacher and of every student, epochs of fine-tuning with 1 %,
 # 10 % and all of the labels, and of plain MAE in the time that D-MAE took with its teacher: 24.8 +
 # 5.1 minutes on Fashion-MNIST, where 3 epochs of MAE took 4.2; 25.9 + 6.5 on `shapes`, where 9 took
-# 4.0. Other students see 180,000 images, teachers 480,000.
+# 4.0. (`dmae-long` has as many epochs.) Other students see 180,000 images, teachers 480,000.
 DATA = {
     "fashion-mnist": dict(
         teacher="--student mini --epochs 8", student="--student slim --epochs 3 --blr 6e-3",
@@ -72,6 +72,7 @@ ROWS = {
     "mae": ("MAE", "--teacher none"),
     "mae-long": ("MAE, as long as D-MAE and its teacher", "--teacher none --epochs {long}"),
     "dmae": ("D-MAE, last block", TEACHER),
+    "dmae-long": ("D-MAE, as many epochs as the long MAE", TEACHER + " --epochs {long}"),
     "untrained": ("D-MAE, untrained teacher", UNTRAINED),
     "untrained-45": ("D-MAE, untrained teacher (alpha 45)", UNTRAINED + " --alpha 45"),
     "lower": ("D-MAE, block 3", TEACHER + " --layers 3:3"),
@@ -100,6 +101,7 @@ TEACHERS = {
     "untrained-teacher": ("the untrained teacher", "--teacher none --epochs 0"),
 }
 ALL_ROWS = ROWS | GRID | TEACHERS
+DRAWN = ("mae", "mae-long", "dmae", "dmae-long", "untrained")        # their curves
 
 # The columns: flags of finetune.py.
 COLUMNS = {
@@ -316,7 +318,8 @@ def tables(lines):
                   mean_and_deviation(values_of(lines, data, row, "pretrain"))]
                  for row, values in shown.items()])
         for base, others in (("mae", ROWS.keys() - {"mae"}),
-                             ("dmae", ROWS.keys() - {"scratch", "mae", "dmae"})):
+                             ("dmae", ROWS.keys() - {"scratch", "mae", "dmae"}),
+                             ("mae-long", {"dmae-long"})):
             rows = []
             for row, values in shown.items():
                 against = list(map(difference_text, values, shown.get(base, [])))
@@ -411,7 +414,7 @@ def figures(lines, folder):
     made = []
     for data in DATA:
         runs = {row: [line for line in lines if (line["data"], line["row"], line["column"]) == (
-            data, row, "pretrain")] for row in ("mae", "mae-long", "dmae", "untrained")}
+            data, row, "pretrain")] for row in DRAWN}
         if not any(runs.values()):
             continue
         fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
