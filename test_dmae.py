@@ -2498,7 +2498,7 @@ def small_study(tmp_path, monkeypatch):
     size = "--student nano --train-images 64 --batch-size 32"
     monkeypatch.setattr(study, "DATA", {"shapes": dict(
         teacher=f"--epochs 2 {size}", student=f"--epochs 1 {size}", tuning=(1, 1, 1),
-        long=2)})
+        long=2, better=3)})
     monkeypatch.setattr(dmae.KNN.__init__, "__defaults__", (100, 100))        # it takes seconds
     monkeypatch.chdir(tmp_path)
     return ["--runs", "my runs", *"--results lines --data shapes --seeds 0 --rows mae dmae "
