@@ -101,7 +101,7 @@ GRID = {f"{model}-{name}": (f"{ROWS[model][0]}, {title}", f"{ROWS[model][1]} {fl
 TEACHERS = {
     "teacher": ("teacher", "--teacher none"),
     "better-teacher": ("trained three times as long", "--teacher none --epochs {better}"),
-    "untrained-teacher": ("the untrained teacher", "--teacher none --epochs 0"),
+    "untrained-teacher": ("untrained", "--teacher none --epochs 0"),
 }
 ALL_ROWS = ROWS | GRID | TEACHERS
 DRAWN = ("mae", "mae-long", "dmae", "dmae-long", "untrained")        # their curves
