@@ -2528,6 +2528,25 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, tmp_path, c
     with pytest.raises(SystemExit):
         study.main([*small_study[:-4], "dmae", "--columns", "knn"])
     assert "is not there, or not that of lines" in capsys.readouterr().err
+    # It can be trained again. On the same machine it comes out the same; on another it will not,
+    # and has a line of its own, which is not among the tables' minutes.
+    knn = [*small_study[:-4], "dmae", "--columns", "knn", "--again"]
+    study.main(knn)
+    assert [line["column"] for line in study.read("lines")] == 5 * ["pretrain"] + ["knn"]
+    whole = study.read("lines")
+    own, whole[2]["student_sha256"] = whole[2]["student_sha256"], "of another machine"
+    whole[2]["minutes"], whole[2]["curve"][-1]["knn"] = 7.0, 0.99
+    Path("lines").write_text("".join(json.dumps(line) + "\n" for line in whole[:5]))
+    student.with_name("student.pth").unlink()
+    tables = study.main(knn)
+    *_, again, measured = study.read("lines")
+    assert again["again"] and again["student_sha256"] == measured["student_sha256"] == own
+    assert study.values_of(study.read("lines"), "shapes", "dmae", "pretrain") == {0: 7.0}
+    name = "shapes: trained again, on another machine"
+    assert "| D-MAE, last block | 1 |" in tables[name] and "| 99.0 |" in tables[name]
+    before = Path("lines").read_bytes()
+    study.main(knn)
+    assert Path("lines").read_bytes() == before
     # Where the data lie makes no difference, nor does a flag without a value; other settings do.
     study.main([*small_study[:-4], "mae", "--columns", "pretrain", "--data-dir", "elsewhere"])
     s = argparse.Namespace(results="decoupled", runs="my runs", data_dir="here")
@@ -2616,7 +2635,8 @@ def test_bad_input_to_a_study_is_one_line(capsys):
 
 def test_tables_of_the_readme_are_those_of_the_lines():
     readme, lines = Path(dmae.__file__).with_name("README.md").read_text(), study.read()
-    assert len({(x["data"], x["row"], x["seed"], x["column"]) for x in lines}) == len(lines) > 0
+    assert len({(x["data"], x["row"], x["seed"], x["column"],
+                 "again" in x and x["student_sha256"]) for x in lines}) == len(lines) > 0
     for name, table in study.tables(lines).items():
         assert table in readme, f"write this one into the README: {name}\n{table}"
     assert study.headline(lines, "fashion-mnist") in readme.split("## Start here")[0]

@@ -12,7 +12,7 @@ seed, and what is measured (column; `pretrain` is the pre-training itself). Each
 a line to --results and is not run again; runs lie under --runs and are resumed. Tables and figures
 come from that file alone. The committed one holds our lines: name another to run it all yourself.
 Two of these may run side by side, in the same folder: with one thread each (OMP_NUM_THREADS=1) they
-get as much done as one with two.
+get as much done as one with two. Where the files of students are gone, --again trains them anew.
 
 One rule: a difference counts beyond two standard errors of its mean over seeds. Runs of the same
 seed had the same labels and the same order of images, so seeds are compared pair by pair. With
@@ -164,10 +164,15 @@ def read(path=RESULTS):
     return lines
 
 
+def lines_of(s, data, row, seed, column):
+    """All lines of a cell: one, and for a student trained again one more for each time."""
+    return [line for line in read(s.results) if (line["data"], line["row"], line["seed"],
+                                                 line["column"]) == (data, row, seed, column)]
+
+
 def line_of(s, data, row, seed, column):
     """The line of a cell, or None. Raises InputError if it was measured with other settings."""
-    found = [line for line in read(s.results) if (line["data"], line["row"], line["seed"],
-                                                  line["column"]) == (data, row, seed, column)]
+    found = lines_of(s, data, row, seed, column)
     if not found:
         return None
 
@@ -178,29 +183,40 @@ def line_of(s, data, row, seed, column):
         return {flag: "/".join(Path(value).parts[-4:]) if flag in ("init", "teacher") else value
                 for flag, value in given.items() if flag != "data_dir"}
 
-    before, now = settings(shlex.split(found[-1]["command"])[2:]), settings(argv)
+    before, now = settings(shlex.split(found[0]["command"])[2:]), settings(argv)
     if before != now:
         differ = ", ".join(f"--{x.replace('_', '-')}" for x in sorted(before.keys() | now.keys())
                            if before.get(x) != now.get(x))
         raise InputError(f"--results {s.results}: {data}, {row}, seed {seed}, {column} was "
                          f"measured with another {differ}: name another file")
-    return found[-1]
+    return found[0]
+
+
+def find_student(s, data, row, seed):
+    """The student.pth of a finished pre-training, or None if it is none that its lines tell of."""
+    path = Path(s.runs, data, row, str(seed), "pretrain", "student.pth")
+    known = [line["student_sha256"] for line in lines_of(s, data, row, seed, "pretrain")]
+    return path if path.exists() and file_hash(path) in known else None
 
 
 def student(s, data, row, seed):
-    """The student.pth of a finished pre-training, if it is the one that its line tells of."""
-    path = Path(s.runs, data, row, str(seed), "pretrain", "student.pth")
-    line = line_of(s, data, row, seed, "pretrain")
-    if line is None or not path.exists() or file_hash(path) != line["student_sha256"]:
-        raise InputError(f"{path} is not there, or not that of {s.results}: name the --runs where "
-                         "it lies, or another --results to run it all anew")
+    """The same. Raises InputError if there is none."""
+    path = find_student(s, data, row, seed)
+    if path is None:
+        raise InputError(f"{s.runs}/{data}/{row}/{seed}/pretrain/student.pth is not there, or not "
+                         f"that of {s.results}: name the --runs where it lies, or train it "
+                         "--again, or name another --results to run it all anew")
     return path
 
 
 def run(s, data, row, seed, column, wait):
     """Run or resume a cell and append its line; True once it is there. What another process is at
     is left to it (wait: until it has finished)."""
-    if line_of(s, data, row, seed, column):
+    def there():
+        return line_of(s, data, row, seed, column) and not (
+            s.again and column == "pretrain" and not find_student(s, data, row, seed))
+
+    if there():
         return True
     for cell in needs(row, seed, column):
         if not run(s, data, *cell, wait):
@@ -213,13 +229,18 @@ def run(s, data, row, seed, column, wait):
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
-        if line_of(s, data, row, seed, column):
+        if there():
             return True
         program, argv = command(s, data, row, seed, column)
         begun = {name for name in ("config.json", "checkpoint.pth") if (out / name).exists()}
-        again = ["--resume"] if len(begun) == 2 else ["--overwrite"] if begun else []
+        resume = ["--resume"] if len(begun) == 2 else ["--overwrite"] if begun else []
         print(f"--- {data}, {row}, seed {seed}, {column}: {out}", flush=True)
-        result = program.main(argv + ["--out", str(out)] + again)
+        again = bool(line_of(s, data, row, seed, column))
+        if again:                               # a broken file would be left as it is
+            (out / "student.pth").unlink(missing_ok=True)
+        result = program.main(argv + ["--out", str(out)] + resume)
+        if again and find_student(s, data, row, seed):
+            return True                                 # it came out the same, to the bit
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         config = json.loads((out / "config.json").read_text())
         line = dict(data=data, row=row, seed=seed, column=column)
@@ -235,9 +256,13 @@ def run(s, data, row, seed, column, wait):
             line["minutes"] = sum(n / x["images_per_second"] / 60 for n, x in zip(images, log[1:]))
         else:
             line |= {k: result[k] for k in ("top1", "train_images", "minutes")}
+            if row != "scratch":
+                line["student_sha256"] = file_hash(student(s, data, row, seed))
         line |= dict(command=shlex.join(["python", f"{program.__name__}.py", *argv]),
                      commit=s.commit, date=time.strftime("%Y-%m-%d"), torch=config["torch"],
                      threads=torch.get_num_threads())
+        if again:
+            line["again"] = True
         with open(s.results, "a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
@@ -263,10 +288,10 @@ def commit():
 
 
 def values_of(lines, data, row, column):
-    """{seed: percent} of a cell's lines; of `pretrain`, {seed: minutes}."""
+    """{seed: percent} of a cell's lines; of `pretrain`, {seed: minutes}, the first time."""
     key = dict(data=data, row=row, column=column)
     return {line["seed"]: 100 * line["top1"] if "top1" in line else line["minutes"]
-            for line in lines if key.items() <= line.items()}
+            for line in lines if key.items() <= line.items() and "again" not in line}
 
 
 def mean_and_deviation(values):
@@ -359,6 +384,23 @@ def tables(lines):
                     for row, values in teachers.items() if any(values[:2])]
         if teachers:
             out[f"{data}: the teacher"] = markdown(["", "k-NN", "linear", "minutes"], teachers)
+        again = []
+        for row, (title, _) in ALL_ROWS.items():
+            cell = dict(data=data, row=row, column="pretrain").items()
+            ends = {(line["seed"], "again" in line): line["curve"][-1] for line in lines
+                    if cell <= line.items()}
+            pairs = [(ends[seed, False], end) for (seed, second), end in ends.items() if second]
+            if pairs and "mae" in pairs[0][0]:
+                losses, neighbours = ([[x[key] for x in pair] for pair in pairs]
+                                      for key in ("mae", "knn"))
+                again.append([title, str(len(pairs)),
+                              *(f"{statistics.mean(x):.4f}" for x in zip(*losses)),
+                              *(f"{100 * statistics.mean(x):.1f}" for x in zip(*neighbours)),
+                              f"{100 * max(abs(a - b) for a, b in neighbours):.1f}"])
+        if again:
+            out[f"{data}: trained again, on another machine"] = markdown(
+                ["pre-training", "seeds", "MAE loss", "again", "k-NN", "again",
+                 "largest difference"], again)
     return out
 
 
@@ -417,7 +459,7 @@ def figures(lines, folder):
     made = []
     for data in DATA:
         runs = {row: [line for line in lines if (line["data"], line["row"], line["column"]) == (
-            data, row, "pretrain")] for row in DRAWN}
+            data, row, "pretrain") and "again" not in line] for row in DRAWN}
         if not any(runs.values()):
             continue
         fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
@@ -472,6 +514,8 @@ def make_parser():
               "[knn linear 1%]").replace("%", "%%"))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
     add("--minutes", type=float, help="stop after this time; the same command again goes on [none]")
+    add("--again", action="store_true", help="train students whose files are gone, by the same "
+        "commands; one that comes out otherwise, as on another machine, gets a line of its own")
     add("--report", action="store_true", help="print tables and draw figures, run nothing")
     add("--picture", action="store_true", help="draw figures/study.png, from the first of --data "
         "and seed 0; run nothing")
