@@ -2634,11 +2634,13 @@ def test_bad_input_to_a_study_is_one_line(capsys):
 
 
 def test_tables_of_the_readme_are_those_of_the_lines():
-    readme, lines = Path(dmae.__file__).with_name("README.md").read_text(), study.read()
+    lines, here = study.read(), Path(dmae.__file__).parent
+    readme, full = ((here / name).read_text() for name in ("README.md", "experiments/STUDY.md"))
     assert len({(x["data"], x["row"], x["seed"], x["column"],
                  "again" in x and x["student_sha256"]) for x in lines}) == len(lines) > 0
     for name, table in study.tables(lines).items():
-        assert table in readme, f"write this one into the README: {name}\n{table}"
+        where = readme if name.endswith("top-1 in percent") else full
+        assert table in where, f"write this one into the README or STUDY.md: {name}\n{table}"
     assert study.headline(lines, "fashion-mnist") in readme.split("## Start here")[0]
 
 
