@@ -11,18 +11,19 @@ A cell of the study is one run of dmae.py or finetune.py: a data set, a way to p
 seed, and what is measured (column; `pretrain` is the pre-training itself). Each finished cell adds
 a line to --results and is not run again; runs lie under --runs and are resumed. Tables and figures
 come from that file alone. The committed one holds our lines: name another to run it all yourself.
-Two of these may run side by side, in the same folder: with one thread each (OMP_NUM_THREADS=1) they
-get as much done as one with two. Where the files of students are gone, --again trains them anew.
+Two of these may run side by side, in the same folder, best with one thread each
+(OMP_NUM_THREADS=1). Where the files of students are gone, --again trains them anew.
 
 One rule: a difference counts beyond two standard errors of its mean over seeds. Runs of the same
 seed had the same labels and the same order of images, so seeds are compared pair by pair. With
 three seeds chance alone passes this 18 % of the time, and columns that agree measure the same three
-students: ** marks what chance passes 5 % of the time. All students of a data set have the same
-teacher, so that what is found holds for that one.
+students: ** marks what chance passes 5 % of the time. Each kind of teacher was trained once, so
+that what is found holds for that one. After --again, a pair may be of two machines, and rounding
+alone makes other students in the end.
 
 What settings were chosen by is never the test set: the learning rate comes from the column
 `held-out`, a linear probe on training images that were taken out of its training (pre-training has
-seen them, without labels). Alpha is the paper's.
+seen them, without labels). Alpha is the paper's in the main rows.
 """
 
 import fcntl
@@ -83,8 +84,8 @@ ROWS = {
     "hidden": ("D-MAE, hidden states", TEACHER + " --match hidden"),
     "d2": ("D²-MAE", TEACHER + " --decoupled"),
 }
-# What `mae` and `dmae` were tried with, beside the settings that were taken (the last two after
-# that). The other rows take D-MAE's, untuned.
+# What `mae` and `dmae` were tried with. (The last two, and D-MAE at 1.5e-3, after the choice.) The
+# other rows take D-MAE's, untuned; 45 makes the untrained teacher's loss as large as the trained's.
 SETTINGS = {
     "blr-1.5e-3": ("blr 1.5e-3", "--blr 1.5e-3"),
     "blr-3e-3": ("blr 3e-3", "--blr 3e-3"),
@@ -193,7 +194,8 @@ def line_of(s, data, row, seed, column):
 
 
 def find_student(s, data, row, seed):
-    """The student.pth of a finished pre-training, or None if it is none that its lines tell of."""
+    """The student.pth of a finished pre-training; None if it is missing, or if its hash is in none
+    of the lines."""
     path = Path(s.runs, data, row, str(seed), "pretrain", "student.pth")
     known = [line["student_sha256"] for line in lines_of(s, data, row, seed, "pretrain")]
     return path if path.exists() and file_hash(path) in known else None
@@ -288,7 +290,8 @@ def commit():
 
 
 def values_of(lines, data, row, column):
-    """{seed: percent} of a cell's lines; of `pretrain`, {seed: minutes}, the first time."""
+    """{seed: percent} of a cell's lines; of `pretrain`, {seed: minutes}, the first time. (What was
+    measured on a student trained again tells by its student_sha256.)"""
     key = dict(data=data, row=row, column=column)
     return {line["seed"]: 100 * line["top1"] if "top1" in line else line["minutes"]
             for line in lines if key.items() <= line.items() and "again" not in line}
@@ -387,9 +390,10 @@ def tables(lines):
         again = []
         for row, (title, _) in ALL_ROWS.items():
             cell = dict(data=data, row=row, column="pretrain").items()
-            ends = {(line["seed"], "again" in line): line["curve"][-1] for line in lines
-                    if cell <= line.items()}
-            pairs = [(ends[seed, False], end) for (seed, second), end in ends.items() if second]
+            runs = [line for line in lines if cell <= line.items()]
+            first = {line["seed"]: line["curve"][-1] for line in runs if "again" not in line}
+            pairs = [(first[line["seed"]], line["curve"][-1]) for line in runs
+                     if "again" in line and line["seed"] in first]
             if pairs and "mae" in pairs[0][0]:
                 losses, neighbours = ([[x[key] for x in pair] for pair in pairs]
                                       for key in ("mae", "knn"))
@@ -398,8 +402,8 @@ def tables(lines):
                               *(f"{100 * statistics.mean(x):.1f}" for x in zip(*neighbours)),
                               f"{100 * max(abs(a - b) for a, b in neighbours):.1f}"])
         if again:
-            out[f"{data}: trained again, on another machine"] = markdown(
-                ["pre-training", "seeds", "MAE loss", "again", "k-NN", "again",
+            out[f"{data}: trained again"] = markdown(
+                ["pre-training", "students", "MAE loss", "again", "k-NN", "again",
                  "largest difference"], again)
     return out
 
@@ -417,7 +421,8 @@ def picture(s, data, path, count=4):
     """Test images; their visible patches; D-MAE's prediction with these put back; and the scores
     that the class token has for the visible patches in the last block: of the untrained student, of
     D-MAE and of the teacher. Students of seed 0; of the teacher, the head whose scores vary most;
-    of the students, what makes up for it: D-MAE's M, and the best mixture of the untrained heads.
+    of the students, what makes up for it: D-MAE's M, and the mixture of the untrained heads that is
+    best on these images. All three are drawn on the teacher's scale.
     """
     saved = load_student(student(s, data, "dmae", 0))
     mae, (mixer,) = saved["mae"], saved["mixers"].values()
@@ -485,7 +490,7 @@ def figures(lines, folder):
         for axis, title in zip(axes, ("MAE loss", "distillation loss", "k-NN top-1, %")):
             axis.set_title(title)
             axis.set_xlabel("thousand images seen (logarithmic after the first epoch)")
-            # Rows differ sevenfold in length; linear up to the first epoch, which has 0 before it.
+            # Rows differ eightfold in length; linear up to the first epoch, which has 0 before it.
             axis.set_xscale("symlog", linthresh=ticks[1], linscale=0.3)
             axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
             axis.minorticks_off()
