@@ -76,6 +76,8 @@ ROWS = {
     "dmae": ("D-MAE, last block", TEACHER),
     "dmae-long": ("D-MAE, as many epochs as the long MAE", TEACHER + " --epochs {long}"),
     "better": ("D-MAE, teacher trained three times as long", BETTER),
+    "better-long": ("D-MAE, that teacher, as many epochs as the long MAE",
+                    BETTER + " --epochs {long}"),
     "untrained": ("D-MAE, untrained teacher", UNTRAINED),
     "untrained-45": ("D-MAE, untrained teacher (alpha 45)", UNTRAINED + " --alpha 45"),
     "lower": ("D-MAE, block 3", TEACHER + " --layers 3:3"),
