@@ -107,7 +107,7 @@ TEACHERS = {
     "untrained-teacher": ("untrained", "--teacher none --epochs 0"),
 }
 ALL_ROWS = ROWS | GRID | TEACHERS
-DRAWN = ("mae", "mae-long", "dmae", "dmae-long", "untrained")        # their curves
+DRAWN = ("mae", "mae-long", "dmae", "dmae-long", "better", "better-long", "untrained")
 
 # The columns: flags of finetune.py.
 COLUMNS = {
@@ -352,7 +352,7 @@ def tables(lines):
                  for row, values in shown.items()])
         for base, others in (("mae", ROWS.keys() - {"mae"}),
                              ("dmae", ROWS.keys() - {"scratch", "mae", "dmae"}),
-                             ("mae-long", {"dmae-long"})):
+                             ("mae-long", {"dmae-long", "better", "better-long"})):
             rows = []
             for row, values in shown.items():
                 against = list(map(difference_text, values, shown.get(base, [])))
@@ -469,7 +469,7 @@ def figures(lines, folder):
             data, row, "pretrain") and "again" not in line] for row in DRAWN}
         if not any(runs.values()):
             continue
-        fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+        fig, axes = plt.subplots(1, 3, figsize=(13, 4.6), constrained_layout=True)
         ticks = {0.0}
         for n, (row, seeds) in enumerate(runs.items()):
             if not seeds:
@@ -497,7 +497,7 @@ def figures(lines, folder):
             axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
             axis.minorticks_off()
         axes[1].set_yscale("log")
-        axes[2].legend(fontsize=7)
+        fig.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         fig.savefig(folder / f"study_{data}.png", dpi=80)
         plt.close(fig)
         made.append(f"study_{data}.png")
