@@ -54,8 +54,8 @@ RESULTS = HERE / "results" / "study.jsonl"
 # For each data set: the flags of its teacher and of every student, epochs of fine-tuning with 1 %,
 # 10 % and all of the labels, and of plain MAE in the time that D-MAE took with its teacher: 24.8 +
 # 5.1 minutes on Fashion-MNIST, where 3 epochs of MAE took 4.2; 25.9 + 6.5 on `shapes`, where 9 took
-# 4.0. (`dmae-long` has as many epochs.) Other students see 180,000 images, teachers 480,000, better
-# ones 1,440,000.
+# 4.0. (`dmae-long` and `better-long` have as many epochs.) Other students see 180,000 images,
+# teachers 480,000, better ones 1,440,000.
 DATA = {
     "fashion-mnist": dict(
         teacher="--student mini --epochs 8", student="--student slim --epochs 3 --blr 6e-3",
@@ -75,8 +75,8 @@ ROWS = {
     "mae-long": ("MAE, as long as D-MAE and its teacher", "--teacher none --epochs {long}"),
     "dmae": ("D-MAE, last block", TEACHER),
     "dmae-long": ("D-MAE, as many epochs as the long MAE", TEACHER + " --epochs {long}"),
-    "better": ("D-MAE, teacher trained three times as long", BETTER),
-    "better-long": ("D-MAE, that teacher, as many epochs as the long MAE",
+    "better": ("D-MAE, better teacher (trained three times as long)", BETTER),
+    "better-long": ("D-MAE, better teacher, as many epochs as the long MAE",
                     BETTER + " --epochs {long}"),
     "untrained": ("D-MAE, untrained teacher", UNTRAINED),
     "untrained-45": ("D-MAE, untrained teacher (alpha 45)", UNTRAINED + " --alpha 45"),
@@ -103,10 +103,11 @@ GRID = {f"{model}-{name}": (f"{ROWS[model][0]}, {title}", f"{ROWS[model][1]} {fl
 # What others need, without a place in the main table.
 TEACHERS = {
     "teacher": ("teacher", "--teacher none"),
-    "better-teacher": ("trained three times as long", "--teacher none --epochs {better}"),
+    "better-teacher": ("better teacher", "--teacher none --epochs {better}"),
     "untrained-teacher": ("untrained", "--teacher none --epochs 0"),
 }
 ALL_ROWS = ROWS | GRID | TEACHERS
+# The rows whose curves are drawn.
 DRAWN = ("mae", "mae-long", "dmae", "dmae-long", "better", "better-long", "untrained")
 
 # The columns: flags of finetune.py.
