@@ -8,16 +8,14 @@
     python finetune.py --eval runs/pets/model.pth --data pets
 
 The last line printed is the result, as JSON: top-1 and top-5 on the whole test set after the last
-epoch. Model, loading, schedule and training step are those of dmae.py; new here are the classifier,
-layer-wise learning rates, and the recipes.
+epoch. Model, loading, schedule, training step and runs are those of dmae.py; new here are the
+classifier, layer-wise learning rates, and the recipes.
 """
 
 import argparse
-import copy
 import json
-import os
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,42 +23,35 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-from data import PHOTOS, SETS, InputError, mix, open_data, seeded
+from data import PHOTOS, SETS, InputError, require, seed_of, seeded, write
 from dmae import (
-    KNN, PRESETS, Parser, ViT, add_machine_flags, check, check_outside, check_vacant, epoch_order,
-    first_process_first, join_processes, learning_rate, load_checkpoint, load_vit, new_vit,
-    on_what, one_line_errors, open_folder, pooled_features, precision, record, replicate, run_epoch,
-    save_checkpoint, settings_of_the_run, train_step, write)
+    MACHINE_FLAGS, PRESETS, Meter, Parser, Run, ViT, epoch_order, features_of, learning_rate,
+    load_vit, machine_defaults, named_tensors, nearest_neighbours, new_vit, one_line_errors,
+    pooled_features, read_weights, resize_grid, settings_of, split_heads, train_step)
+from dmae import RECIPES as PRETRAINING
 
 # The paper's two recipes; every value has a flag. The learning rate is blr * batch / 256;
 # RandAugment's scale is 0 to 10; it, clip, mixup, cutmix, erasing and smoothing are off at 0.
+IMAGENET = dict(
+    optimizer="adamw", epochs=300, warmup_epochs=5, batch_size=1024, blr=1e-3, end_lr=1e-6,
+    weight_decay=0.05, layer_decay=0.85, clip=0.0, crop_scale=0.08, randaugment=10, mixup=0.2,
+    cutmix=0.0, erasing=0.0, smoothing=0.0)
 RECIPES = {
-    "imagenet": dict(
-        optimizer="adamw", epochs=300, warmup_epochs=5, batch_size=1024, blr=1e-3, end_lr=1e-6,
-        weight_decay=0.05, layer_decay=0.85, clip=0.0, crop_scale=0.08, randaugment=10, mixup=0.2,
-        cutmix=0.0, erasing=0.0, smoothing=0.0),
-    "transfer": dict(
-        optimizer="sgd", epochs=100, warmup_epochs=20, batch_size=512, blr=0.015, end_lr=1e-6,
-        weight_decay=0.0, layer_decay=0.75, clip=1.0, crop_scale=0.08, randaugment=0, mixup=0.0,
-        cutmix=0.0, erasing=0.0, smoothing=0.0),
-    "small": dict(                                          # ours, for the small sets, as is this:
-        optimizer="adamw", epochs=3, warmup_epochs=0.5, batch_size=128, blr=4e-3, end_lr=1e-6,
-        weight_decay=0.05, layer_decay=0.85, clip=0.0, crop_scale=0.5, randaugment=0, mixup=0.0,
-        cutmix=0.0, erasing=0.0, smoothing=0.0),
-    "linear": dict(
-        optimizer="sgd", epochs=100, warmup_epochs=10, batch_size=512, blr=0.3, end_lr=0.0,
-        weight_decay=0.0, clip=0.0, smoothing=0.0),
+    "imagenet": IMAGENET,
+    "transfer": IMAGENET | dict(
+        optimizer="sgd", epochs=100, warmup_epochs=20, batch_size=512, blr=0.015, weight_decay=0.0,
+        layer_decay=0.75, clip=1.0, randaugment=0, mixup=0.0),
+    "small": IMAGENET | dict(                                              # ours, for small sets
+        epochs=3, warmup_epochs=0.5, batch_size=128, blr=4e-3, crop_scale=0.5, randaugment=0,
+        mixup=0.0),
+    "linear": dict(epochs=100, warmup_epochs=10, batch_size=512, blr=0.3, weight_decay=0.0),
+    "knn": {},
 }
 # Which of them a data set gets, and what is different for it; a folder gets ImageNet's. The paper
 # gives no length for the transfer sets but CIFAR-100: 100 epochs are ours.
-RECIPE_OF = {
-    **{name: ("transfer", {}) for name in PHOTOS},
-    **{name: ("transfer", dict(epochs=50, warmup_epochs=10, blr=0.05))
-       for name in ("cifar100", "cifar10")},
-    **{name: ("small", {}) for name in ("fashion-mnist", "shapes")},
-}
-# What a run leaves in its folder; nothing else is ever overwritten.
-RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "model.pth")
+CIFAR = ("transfer", dict(epochs=50, warmup_epochs=10, blr=0.05))
+RECIPE_OF = {name: ("transfer", {}) for name in PHOTOS} | {
+    "cifar100": CIFAR, "cifar10": CIFAR, "fashion-mnist": ("small", {}), "shapes": ("small", {})}
 
 # ======================================================================================= classifier
 
@@ -82,22 +73,8 @@ class Classifier(ViT):
 
     def logits(self, images):
         """(b, channels, height, width), normalised -> (b, classes)."""
-        x = self(images, tokens=[self.depth])[1][self.depth]                          # b 1+n c
+        x = self(images, tokens_of=[self.depth])[0][self.depth]                       # b 1+n c
         return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))
-
-
-class Probe(nn.Module):
-    """Linear probe: batch norm without parameters, and a linear layer, on features (b, c)."""
-
-    depth = 0
-
-    def __init__(self, width, classes):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False)
-        self.head = nn.Linear(width, classes)
-
-    def logits(self, features):
-        return self.head(self.norm(features))
 
 
 class Supervised(nn.Module):
@@ -125,17 +102,15 @@ def layer_groups(model, layer_decay, weight_decay):
 
     A group's learning rate is multiplied by its `scale`; biases, norms, class token and positions
     are not decayed."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = {}
-    for name, p in trained.items():
-        layer = layer_of(name, model.depth)
-        decayed = p.ndim > 1 and name not in ("cls_token", "pos_embed")
-        group = groups.setdefault((layer, decayed), dict(
-            params=[], layer=layer, scale=layer_decay ** (model.depth + 1 - layer),
-            weight_decay=weight_decay if decayed else 0.0))
-        group["params"].append(p)
-    every = [id(p) for group in groups.values() for p in group["params"]]
-    assert sorted(every) == sorted(map(id, trained.values())), "each in exactly one group"
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            layer = layer_of(name, model.depth)
+            decayed = p.ndim > 1 and name not in ("cls_token", "pos_embed")
+            group = groups.setdefault((layer, decayed), dict(
+                params=[], layer=layer, scale=layer_decay ** (model.depth + 1 - layer),
+                weight_decay=weight_decay if decayed else 0.0))
+            group["params"].append(p)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -147,40 +122,34 @@ def new_classifier(vit, classes, s):
            the first K blocks
         3. chance, by the seed alone; with --init none, everything
 
-    Returns it and the names of its parts that are new. --freeze-blocks K keeps the first K blocks,
-    and what lies before them, as they are."""
+    --freeze-blocks K keeps the first K blocks, and what lies before them, as they are."""
     torch.manual_seed(s.seed)
     model = Classifier(classes, **vit.config)
-    kept = model.depth if s.keep_blocks is None else s.keep_blocks
-    if s.init == "none":
-        kept = -1                                                   # not even what lies below
+    kept = -1 if s.init == "none" else model.depth if s.keep_blocks is None else s.keep_blocks
     given = {name: tensor for name, tensor in vit.state_dict().items()
              if not name.startswith("norm.") and layer_of(name, model.depth) <= kept}
     model.load_state_dict(model.state_dict() | given)
     for name, p in model.named_parameters():
         if s.freeze_blocks is not None and layer_of(name, model.depth) <= s.freeze_blocks:
             p.requires_grad_(False)
-    new = ["everything"] if kept < 0 else ["fc_norm", "head"]
-    if 0 <= kept < model.depth:
-        new.append(f"blocks {kept + 1} to {model.depth}")
-    return model, new
+    return model
 
 
 def load_classifier(path):
     """A fine-tuned model from a file: ours, or any that `load_vit` reads and that has fc_norm and
     head. `classes` of the result: their names, or None. Raises InputError for other files."""
-    vit = load_vit(path)
-    head = vit.head
-    if head.keys() != {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}:
-        raise InputError(f"{path} holds no classifier on the mean of its patches (fc_norm and "
-                         "head): give the model.pth of a fine-tuning run")
-    classes = len(head["head.bias"])
-    if head["head.weight"].shape != (classes, vit.width):
-        raise InputError(f"{path}: its head does not fit an encoder {vit.width} wide")
-    model = Classifier(classes, **vit.config)
-    model.load_state_dict(head | {
-        name: tensor for name, tensor in vit.state_dict().items() if not name.startswith("norm.")})
-    model.classes = vit.classes
+    vit, content = load_vit(path), read_weights(split_heads(path)[0])
+    names = {name: tensor for name, _, tensor in named_tensors(content)[1]}
+    head = {name: names[name] for name in names if name.startswith(("fc_norm.", "head."))}
+    require("norm.weight" not in names and len(head) == 4, f"{path} holds no classifier on the mean "
+            "of its patches (fc_norm and head): give the model.pth of a fine-tuning run")
+    model = Classifier(len(head["head.bias"]), **vit.config)
+    try:
+        model.load_state_dict({n: t for n, t in vit.state_dict().items()
+                               if not n.startswith("norm.")} | head)
+    except RuntimeError as error:
+        raise InputError(f"{path}: its head does not fit an encoder {vit.width} wide") from error
+    model.classes = content["config"].get("classes") if "config" in content else None
     return model
 
 
@@ -214,11 +183,11 @@ def batch_augmentation(s, classes):
 
     def augment(images, labels, step, first):
         if s.erasing:
-            images = torch.stack([seeded(mix(s.seed, 4, step, first + i), erase, image)
+            images = torch.stack([seeded(seed_of(s.seed, 4, step, first + i), erase, image)
                                   for i, image in enumerate(images)])
         if mixers:
             images, labels = seeded(
-                mix(s.seed, 5, step), v2.RandomChoice(mixers), images, labels)
+                seed_of(s.seed, 5, step), v2.RandomChoice(mixers), images, labels)
         return images, labels
 
     return augment
@@ -226,7 +195,7 @@ def batch_augmentation(s, classes):
 
 def stratified(labels, fraction, seed):
     """Indices of a `fraction` of each class, at least one image of each, sorted."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(mix(seed, 6)))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(seed, 6)))
     shuffled, keep = labels[order], []
     for label in labels.unique():
         mine = order[shuffled == label]
@@ -234,472 +203,286 @@ def stratified(labels, fraction, seed):
     return torch.cat(keep).sort().values
 
 
-def hold_out(train, count):
-    """(train without them, `count` of its images to test on), the same for every seed; train is
-    changed in place."""
-    if count >= len(train):
-        raise InputError(f"--holdout {count}: there are {len(train)} images to train on, and some "
-                         "must be left")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    test = copy.copy(train)
-    test.broken = type(train.broken)()
-    test.subset(order[:count].sort().values)
-    train.subset(order[count:].sort().values)
-    return train, test
-
-
-class Features:
-    """Features computed once, in the place of images: the interface of SmallSet and Files."""
-
-    def __init__(self, features, source):
-        """features (N, c); source: what they are of, already read."""
-        self.features, self.labels = features, source.labels
-        self.classes, self.broken = source.classes, source.broken
-
-    def __len__(self):
-        return len(self.features)
-
-    def draw(self, b, generator):
-        return ()
-
-    def batches(self, order, epoch):
-        return (self.features[indices] for indices in order)
-
-    def augment(self, features):
-        return features
-
-    def plain(self, indices, batch=500):
-        return (self.features[part] for part in indices.split(batch))
-
-
-@torch.no_grad()
-def evaluate(classifier, test, autocast, device):
-    """Top-1, top-5 and cross-entropy on the whole test set; several processes share the work."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    classifier.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    indices = torch.arange(len(test))[rank::world]
-    for images, part in zip(test.plain(indices, 250), indices.split(250)):
-        with autocast:
-            logits = classifier.logits(images).float()
-        labels = test.labels[part].to(device)               # after reading: see Files._load
-        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([best[:, 0].sum(), best.sum(), loss, labels.new_tensor(len(labels))])
-    if world > 1:
-        dist.all_reduce(sums)
-    top1, top5, loss = (sums[:3] / sums[3]).tolist()
-    return dict(top1=top1, top5=top5, test_loss=loss)
-
-
 # ===================================================================================== command line
 
-# Flags that make sense in every mode, and those that do in some; others are refused.
-COMMON = {"init", "data", "data_dir", "mode", "model", "image_size", "patch_size",
-          "label_fraction", "holdout", "seed", "workers", "device", "amp", "out", "overwrite"}
-DEFAULTS = dict(
-    data="shapes", data_dir="data", image_size=None, label_fraction=1.0, holdout=None, seed=0,
-    workers=min(8, os.cpu_count() or 1), eval_every=1, micro_batch=None, block=None, pool="mean",
-    bank=None, keep_blocks=None, freeze_blocks=None, resume=False, overwrite=False)
-MODES = {
+# As FLAGS of dmae.py. [recipe]: from RECIPES, by data set and mode.
+FLAGS = {
+    "init": (None, "FILE", "weights of a ViT, x.pth or x.pth:3 to give its heads; none: chance"),
+    "eval": (None, "FILE", "only evaluate a fine-tuned model.pth"),
+    "data": ("shapes", "DIR|NAME", f"train/CLASS/ and val/CLASS/ in a folder, or {', '.join(SETS)}"),
+    "mode": ("finetune", ("finetune", "linear", "knn"), "train everything; or a linear layer on "
+             "features computed once; or compare features by k nearest neighbours"),
+    "model": (None, tuple(PRESETS), "size of a model from scratch [of the data set, as in dmae.py]"),
+    "image_size": (None, (int, 1, 4096), "side of the images; positions are resized [the encoder's]"),
+    "patch_size": (None, (int, 1, 4096), "of a model from scratch [as in dmae.py]"),
+    "label_fraction": (1.0, (float, 1e-9, 1), "train on this share of each class, drawn by the seed"),
+    "keep_blocks": (None, (int, 0, 1000), "keep the first K pre-trained blocks, begin the others "
+                    "anew; 0 keeps the embedding: are lower or higher layers of use? [all]"),
+    "freeze_blocks": (None, (int, 0, 1000), "do not train the embedding and the first K blocks"),
+    "block": (None, (int, 0, 1000), "features of linear and knn are taken after block K [the last]"),
+    "pool": ("mean", ("mean", "cls"), "of patch tokens, or the class token"),
+    "bank": (None, (int, 1, 10**9), "training images that k-NN looks among [all]"),
+    "recipe": (None, ("imagenet", "transfer", "small"), "row of RECIPES [by data set]"),
+    "optimizer": (None, ("adamw", "sgd"), "sgd has Nesterov momentum 0.9 [recipe]"),
+    "epochs": (None, (int, 1, 10**6), "more for fewer labels [recipe]"),
+    "warmup_epochs": (None, (float, 0, 10**6), "linear [the recipe's share of the epochs]"),
+    "batch_size": (None, (int, 1, 10**9), "images an update, at most all there are [recipe]"),
+    "blr": (None, (float, 0, 1e9), "learning rate x 256 / batch; the first to tune [recipe]"),
+    "end_lr": (None, (float, 0, 10), "the cosine's lowest learning rate [recipe]"),
+    "weight_decay": (None, (float, 0, 1e3), "none on biases, norms, tokens [recipe]"),
+    "layer_decay": (None, (float, 0, 1), "a block's learning rate is this times the next one's; "
+                    "nearer 1 for weak pre-training [recipe; 1 from scratch]"),
+    "clip": (None, (float, 0, 10**6), "most the gradient's norm may be, 0: any [recipe]"),
+    "crop_scale": (None, (float, 1e-3, 1), "least area of a random crop [recipe]"),
+    "randaugment": (None, (int, 0, 10), "magnitude, 0 is off [recipe]"),
+    "mixup": (None, (float, 0, 100), "alpha, 0 is off [recipe]"),
+    "cutmix": (None, (float, 0, 100), "alpha; with MixUp, either by chance for a batch [recipe]"),
+    "erasing": (None, (float, 0, 1), "share of images with a part erased [recipe]"),
+    "smoothing": (None, (float, 0, 0.99), "of the labels, 0.1 say [recipe]"),
+    "eval_every": (1, (int, 1, 10**6), "test after each N-th epoch, and the last; saves time"),
+} | MACHINE_FLAGS
+# Flags that mean something in some modes only.
+EVAL_FLAGS = {"eval", "data", "data_dir", "workers", "device", "amp"}
+MODE_FLAGS = {
     "finetune": {*RECIPES["imagenet"], "recipe", "keep_blocks", "freeze_blocks", "eval_every",
                  "micro_batch", "compile"},
-    "linear": {*RECIPES["linear"], "block", "pool", "eval_every"},
+    "linear": {*RECIPES["linear"], "block", "pool"},
     "knn": {"block", "pool", "bank"},
 }
 
 
-def make_parser():
-    parser = Parser(
-        prog="finetune.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description="Fine-tune, probe or evaluate a pre-trained encoder.",
-        epilog="[recipe]: from RECIPES in finetune.py, printed at the start.")
-    add = parser.add_argument
-    add("--init", metavar="FILE", help="what to start from: weights of a ViT, x.pth or x.pth:3 to "
-        "give its heads; none: chance, a control")
-    add("--eval", metavar="FILE", help="only evaluate a fine-tuned model.pth")
-    add("--data", metavar="DIR|NAME", help="a folder with train/CLASS/ and val/CLASS/, or "
-        f"{', '.join(n for n in SETS if n != 'folder')} [shapes]")
-    add("--mode", choices=MODES, help="train everything; or a linear layer on features computed "
-        "once; or compare features by k nearest neighbours [finetune]")
-    add("--model", choices=PRESETS, help="size of a model from scratch [of the data set, as in "
-        "dmae.py]")
-    add("--image-size", type=int, metavar="N", help="side of the images; another than the "
-        "encoder's resizes its position table [the encoder's]")
-    add("--patch-size", type=int, metavar="N", help="of a model from scratch [as in dmae.py]")
-    add("--label-fraction", type=float, metavar="X", help="train on this share of each class, "
-        "drawn by the seed; take more epochs then [1]")
-    add("--holdout", type=int, metavar="N", help="test on N of the training images, taken out of "
-        "training, instead of the test set: to choose settings by [none]")
-    add("--keep-blocks", type=int, metavar="K", help="keep the first K pre-trained blocks, begin "
-        "the others anew; 0 keeps the embedding: are lower or higher layers of use? [all]")
-    add("--freeze-blocks", type=int, metavar="K", help="do not train the embedding and the first "
-        "K blocks; 0 freezes the embedding [none]")
-    add("--block", type=int, metavar="K", help="take the features of linear and knn after block "
-        "K; MAE's are often best before the last [the last]")
-    add("--pool", choices=("mean", "cls"), help="of patch tokens, or the class token [mean]")
-    add("--bank", type=int, metavar="N", help="training images that k-NN looks among [all]")
-    add("--recipe", choices=("imagenet", "transfer", "small"), help="AdamW with strong "
-        "augmentation; SGD with crops and flips; AdamW with these [by data set]")
-    add("--optimizer", choices=("adamw", "sgd"), help="sgd has Nesterov momentum 0.9 [recipe]")
-    add("--epochs", type=int, metavar="N", help="passes over the labelled images [recipe]")
-    add("--warmup-epochs", type=float, metavar="X", help="of linear warm-up [the recipe's share of "
-        "the epochs]")
-    add("--batch-size", type=int, metavar="N", help="images an update, over all processes "
-        "[recipe, at most all]")
-    add("--blr", type=float, metavar="X", help="the learning rate is blr * batch / 256; the first "
-        "thing to tune [recipe]")
-    add("--end-lr", type=float, metavar="X", help="the cosine's lowest learning rate [recipe]")
-    add("--weight-decay", type=float, metavar="X", help="none on biases, norms, tokens [recipe]")
-    add("--layer-decay", type=float, metavar="X", help="each block's learning rate is this times "
-        "the next one's; nearer 1 for weak pre-training [recipe; 1 from scratch]")
-    add("--clip", type=float, metavar="X", help="most the gradient's norm may be, 0: any [recipe]")
-    add("--crop-scale", type=float, metavar="X", help="least area of a random crop [recipe]")
-    add("--randaugment", type=int, metavar="M", help="magnitude, 0 (off) to 10 [recipe]")
-    add("--mixup", type=float, metavar="X", help="alpha of MixUp, 0: off [recipe]")
-    add("--cutmix", type=float, metavar="X", help="alpha of CutMix, 0: off; with both, either at "
-        "random for each batch [recipe]")
-    add("--erasing", type=float, metavar="X", help="share of images with a part erased [recipe]")
-    add("--smoothing", type=float, metavar="X", help="of the labels, 0.1 say [recipe]")
-    add("--eval-every", type=int, metavar="N", help="test after each N-th epoch, and the last; "
-        "saves time when epochs are short [1]")
-    add_machine_flags(add)
-    return parser
-
-
 def main(argv=None):
     """The command line; returns the result, a dictionary. Bad input: a line, exit status 2."""
-    parser = make_parser()
-    given, settings = vars(parser.parse_args(argv)), {}
-    with one_line_errors(parser, settings):
-        if "eval" in given:
-            return evaluate_file(given)
-        vit = resolve(given, settings)
-        return finetune(settings, vit)
+    parser = Parser("finetune.py", "Fine-tune, probe or evaluate a pre-trained encoder. [recipe]: "
+                    "see RECIPES.", FLAGS)
+    with one_line_errors(parser):
+        s = settings_of(parser, argv, FLAGS, "init", defaults_for)
+        return evaluate_file(s) if s.eval else finetune(s) if s.mode == "finetune" else probe(s)
 
 
-def resolve(given, settings):
-    """Fill `settings` with a value for every flag of the mode; return the encoder. In this order:
-
-        1. a flag that was given
-        2. with --resume, what the run was started with (a flag that differs is refused)
-        3. the recipe of --recipe, or the data set's with its changes; from scratch, no layer decay
-        4. for --init none, the data set's row of SETS, as in dmae.py
-    """
-    if given.get("resume"):
-        settings.update(settings_of_the_run(given, "init", DEFAULTS.keys() | {"init", "mode"}))
-        check_numbers(settings)
-        return open_encoder(settings)
-
-    mode, name, init = given.get("mode", "finetune"), given.get("data", "shapes"), given.get("init")
-    if init is None:
-        raise InputError("--init is missing: FILE (weights of a ViT), or none (from scratch); or "
-                         "--eval FILE to evaluate a fine-tuned model")
-    if useless := sorted(given.keys() - COMMON - MODES[mode]):
-        raise InputError(f"{flag(useless[0])} has no meaning with --mode {mode}: leave it out")
-    scratch = init == "none"
-    for key in ("keep_blocks", "freeze_blocks") if scratch else ("model", "patch_size"):
-        if key in given:
-            raise InputError(f"{flag(key)} has no meaning with --init {init}: leave it out")
-    check_vacant(given, RUN_FILES, "init")
-
+def defaults_for(given):
+    """What suits the data set and the mode: a recipe; from scratch, a model as in dmae.py."""
+    mode, name = given.get("mode", "finetune"), given.get("data", "shapes")
+    require(given.keys() & {"init", "eval"}, "--init is missing: FILE (weights of a ViT), or none "
+            "(from scratch); or --eval FILE to evaluate a fine-tuned model")
+    scratch = given.get("init") == "none"
+    useless = set().union(*MODE_FLAGS.values()) - MODE_FLAGS[mode]
+    useless |= {"keep_blocks", "freeze_blocks"} if scratch else {"model", "patch_size"}
+    useless = given.keys() & useless if "init" in given else given.keys() - EVAL_FLAGS
+    require(not useless, f"--{min(useless, default='').replace('_', '-')} has no meaning with "
+            + (f"--mode {mode} and --init {given.get('init')}" if "init" in given else "--eval")
+            + ": leave it out")
     recipe, changes = RECIPE_OF.get(name, ("imagenet", {}))
-    if mode != "finetune":
-        recipe, changes = mode, {}
-    elif given.get("recipe", recipe) != recipe:
-        recipe, changes = given["recipe"], {}
-    values = RECIPES.get(recipe, {}) | changes                                 # k-NN has none
-    if scratch and "layer_decay" in values:
-        values["layer_decay"] = 1.0             # there is nothing learnt that it could protect
-    if "epochs" in given and values:            # the warm-up keeps its share
-        values["warmup_epochs"] *= given["epochs"] / values["epochs"]
-    defaults = DEFAULTS | dict(mode=mode, recipe=recipe)
-    if scratch:
-        row = SETS.get(name, SETS["folder"])
-        defaults |= dict(model=row["student"], patch_size=row["patch_size"],
-                         image_size=row["image_size"])
-    settings.update(defaults | values | given)
-    check_numbers(settings)
-    return open_encoder(settings)
+    if mode != "finetune" or given.get("recipe", recipe) != recipe:
+        recipe, changes = given.get("recipe", mode), {}
+    values = RECIPES[recipe] | changes | dict(recipe=recipe)
+    if scratch:                                # layer decay has nothing learnt that it could protect
+        images, row = SETS.get(name, SETS["folder"]), PRETRAINING.get(name, PRETRAINING["folder"])
+        values |= dict(layer_decay=1.0, model=row["student"], patch_size=images["patch_size"],
+                       image_size=images["image_size"])
+    epochs, warmup = given.get("epochs", values.get("epochs", 1)), given.get("warmup_epochs", 0)
+    require(warmup <= epochs, f"--warmup-epochs {warmup}: there are only {epochs} epochs")
+    if "epochs" in values:                     # the warm-up keeps its share
+        values["warmup_epochs"] *= epochs / values["epochs"]
+    return values | machine_defaults(given)
 
 
-def flag(key):
-    return "--" + key.replace("_", "-")
-
-
-def check_numbers(settings):
-    """As `check` of dmae.py, and for what is new here."""
-    check(settings)
-    for key, low, high in (
-            ("epochs", 1, 10**6), ("end_lr", 0, 10), ("layer_decay", 0, 1), ("clip", 0, 10**6),
-            ("randaugment", 0, 10), ("mixup", 0, 100), ("cutmix", 0, 100), ("erasing", 0, 1),
-            ("smoothing", 0, 0.99), ("eval_every", 1, 10**6), ("bank", 1, 10**9),
-            ("holdout", 1, 10**9), ("image_size", 1, 4096)):
-        value = settings.get(key)
-        if value is not None and not low <= value <= high:                          # nor is nan
-            raise InputError(f"{flag(key)} {value}: must be a number from {low} to {high}")
-    if not 0 < settings["label_fraction"] <= 1:
-        raise InputError(f"--label-fraction {settings['label_fraction']}: must be above 0, and at "
-                         "most 1")
-
-
-def open_encoder(settings):
+def open_encoder(s):
     """The encoder to start from, at the images' size."""
-    s = argparse.Namespace(**settings)
-    row = SETS.get(s.data, SETS["folder"])
-    torch.manual_seed(s.seed)
     if s.init == "none":
-        vit = new_vit(s.model, row | settings)
+        torch.manual_seed(s.seed)
+        row = SETS.get(s.data, SETS["folder"])
+        vit = new_vit(s.model, argparse.Namespace(**row | dict(
+            image_size=s.image_size, patch_size=s.patch_size)))
         vit.description = f"{s.model}, {vit.width} wide, {vit.depth} blocks, untrained"
     else:
         vit = load_vit(s.init)
-        if s.image_size is not None:
-            if s.image_size % vit.config["patch_size"]:
-                raise InputError(f"--image-size {s.image_size} is not a multiple of the encoder's "
-                                 f"patch size {vit.config['patch_size']}")
-            vit.resize_grid([s.image_size // vit.config["patch_size"]] * 2)
-    check_channels(vit, s.data)
-    for key in ("keep_blocks", "freeze_blocks", "block"):
-        value = getattr(s, key)
-        if value is not None and not 0 <= value <= vit.depth:
-            raise InputError(f"{flag(key)} {value}: the encoder has blocks 1 to {vit.depth}, and 0 "
-                             "stands for its embedding")
-    if s.freeze_blocks is not None and s.keep_blocks is not None and (
-            s.freeze_blocks > s.keep_blocks):
-        raise InputError(f"--freeze-blocks {s.freeze_blocks}: only the {s.keep_blocks} blocks "
-                         "that are kept can be frozen")
+        patch = vit.config["patch_size"]
+        require((s.image_size or 0) % patch == 0, f"--image-size {s.image_size} is not a multiple "
+                f"of the encoder's patch size {patch}")
+        resize_grid(vit, [s.image_size // patch] * 2 if s.image_size else vit.grid)
+    for name in ("keep_blocks", "freeze_blocks", "block"):
+        require((getattr(s, name) or 0) <= vit.depth, f"--{name.replace('_', '-')} "
+                f"{getattr(s, name)}: the encoder has blocks 1 to {vit.depth}, 0 is its embedding")
+    require(s.keep_blocks is None or (s.freeze_blocks or 0) <= s.keep_blocks, f"--freeze-blocks "
+            f"{s.freeze_blocks}: only the {s.keep_blocks} blocks that are kept can be frozen")
     return vit
 
 
-def check_channels(vit, data):
-    """Raise InputError unless `vit` can see these images; one of colour images can see grey."""
-    channels = SETS.get(data, SETS["folder"])["channels"]
-    if vit.config["channels"] not in (channels, 3):
-        raise InputError(f"an encoder of grey images cannot see the colour images of {data}: "
-                         "pre-train one on them")
-
-
-def open_labelled(data, vit, data_dir, device, workers, seed, crop_scale=1.0):
+def open_labelled(run, vit):
     """Training and test source with labels, normalised and sized for `vit`, or an InputError."""
-    row = dict(mean=vit.config["mean"], std=vit.config["std"], crop_scale=crop_scale)
-    with first_process_first():                                                # it may download
-        train, test = open_data(data, row, tuple(vit.config["image_size"]), data_dir,
-                                device=device, workers=workers, seed=seed)
-    if test is None or train.labels is None or test.labels is None:
-        raise InputError(f"--data {data} cannot be learnt: {what_lacks(train, test)}; it needs "
-                         f"images in {data}/train/CLASS/ and {data}/val/CLASS/, the same two or "
-                         "more classes in both")
+    name, config = run.s.data, vit.config
+    require(config["channels"] in (SETS.get(name, SETS["folder"])["channels"], 3), "an encoder of "
+            f"grey images cannot see the colour images of {name}: pre-train one on them")
+    row = dict(mean=config["mean"], std=config["std"], crop_scale=run.s.crop_scale or 1.0)
+    train, test = run.open_data(row, config["image_size"])
+    require(test is not None and train.labels is not None and test.labels is not None,
+            f"--data {name} cannot be learnt: it needs images in {name}/train/CLASS/ and "
+            f"{name}/val/CLASS/, the same two or more classes in both, and no image elsewhere")
     return train, test
-
-
-def what_lacks(train, test):
-    """Why these Files have no labels, in a few words."""
-    if test is None:
-        return "there are no images in a folder val/"
-    for source in (train, test):
-        if not source.classes:
-            stray = next(p for p in source.paths if Path(p).parent == source.root)
-            return f"{stray} lies in no folder of a class"
-    if len(train.classes) == 1:
-        return "there is one class only"
-    one_sided = sorted(set(train.classes) ^ set(test.classes))[0]
-    return f"class {one_sided} is in one of train/ and val/ only"
-
-
-def evaluate_file(given):
-    """--eval: test a fine-tuned model, print and return the result. Nothing is written."""
-    allowed = {"eval", "data", "data_dir", "workers", "device", "amp"}
-    if useless := sorted(given.keys() - allowed):
-        raise InputError(f"{flag(useless[0])} has no meaning with --eval: leave it out")
-    settings = dict(data="shapes", data_dir="data", workers=min(8, os.cpu_count() or 1)) | given
-    check(settings)
-    s = argparse.Namespace(**settings)
-    _, _, device, say = join_processes(s)
-    model = load_classifier(s.eval)
-    check_channels(model, s.data)
-    train, test = open_labelled(s.data, model, s.data_dir, device, s.workers, seed=0)
-    if len(train.classes) != model.head.out_features:
-        raise InputError(f"{s.eval} tells {model.head.out_features} classes apart, {s.data} has "
-                         f"{len(train.classes)}: give the data set that it was fine-tuned on")
-    if model.classes not in (None, list(train.classes)):
-        raise InputError(f"{s.eval} tells apart {', '.join(model.classes[:3])} and so on, not the "
-                         f"classes of {s.data}: give the data set that it was fine-tuned on")
-    result = dict(eval=s.eval, data=s.data, test_images=len(test))
-    result |= evaluate(model.to(device), test, precision(s, device)[1], device)
-    result |= dict(broken_images=len(test.broken)) if test.broken else {}
-    say(json.dumps(result))
-    return result
 
 
 # ============================================================================================= runs
 
 
-def finetune(settings, vit):
-    """One run, as `resolve` set it up; fills in settings["out"] and returns the result."""
-    s, began = argparse.Namespace(**settings), time.perf_counter()
-    if s.mode != "finetune" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"--mode {s.mode} is the work of one process: start it without torchrun")
-    _, world, device, say = join_processes(s)
+@torch.no_grad()
+def evaluate(classifier, test, run):
+    """Top-1, top-5 and cross-entropy on the whole test set; several processes share the work."""
+    classifier.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=run.device)
+    for images, labels in test.plain(torch.arange(len(test))[run.rank::run.world]):
+        with run.autocast:
+            logits = classifier.logits(images).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([best[:, 0].sum(), best.sum(), loss, labels.new_tensor(len(labels))])
+    if run.world > 1:
+        dist.all_reduce(sums)
+    top1, top5, loss = (sums[:3] / sums[3]).tolist()
+    return dict(top1=top1, top5=top5, test_loss=loss)
 
-    # Whatever can be wrong comes to light before anything is written.
-    train, test = open_labelled(s.data, vit, s.data_dir, device, s.workers, s.seed,
-                                settings.get("crop_scale", 1.0))
-    check_outside(settings, train, test)
-    next(iter(test.plain(torch.arange(min(8, len(test))))))      # unreadable: now, not in an hour
-    found, classes = (len(train), len(test)), len(train.classes)
-    where = f"{found[0]:,} images to train on and {found[1]:,} to test on"
-    if s.holdout:
-        where = f"{found[0]:,} training images, {s.holdout:,} of them held out to test on"
-        train, test = hold_out(train, s.holdout)
+
+def evaluate_file(s):
+    """--eval: test a fine-tuned model, print and return the result. Nothing is written."""
+    run, model = Run(s, None), load_classifier(s.eval)
+    train, test = open_labelled(run, model)
+    fits = model.head.out_features == len(train.classes) and (
+        model.classes in (None, list(train.classes)))
+    require(fits, f"{s.eval} tells apart {', '.join(model.classes or [])[:60] or model.head.out_features} "
+            f"and so on, not the {len(train.classes)} classes of {s.data}: give the data set that it "
+            "was fine-tuned on")
+    result = dict(eval=s.eval, data=s.data, test_images=len(test))
+    result |= evaluate(model.to(run.device), test, run)
+    run.say(json.dumps(result))
+    return result
+
+
+def report(run, train, line):
+    """Print and return the result: the settings that tell runs apart, and the last line."""
+    keys = ("mode", "data", "init", "seed", "label_fraction", "recipe", "epochs", "batch_size", "blr",
+            "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank", "out")
+    result = {key: getattr(run.s, key) for key in keys if getattr(run.s, key) is not None}
+    result |= dict(train_images=len(train)) | {
+        key: line[key] for key in ("top1", "top5", "minutes", "broken_images") if key in line}
+    run.say(json.dumps(result))
+    return result
+
+
+def begin(s):
+    """(run, encoder, training and test source): all that can be wrong comes to light in here."""
+    run, vit = Run(s, "init"), open_encoder(s)
+    train, test = open_labelled(run, vit)
+    next(test.plain(torch.arange(min(8, len(test)))))            # unreadable: now, not in an hour
+    size = f"{len(train):,} images to train on, {len(test):,} to test on"
+    if s.data in PHOTOS and (len(train), len(test)) != PHOTOS[s.data]:
+        size += " (the paper has {:,} and {:,})".format(*PHOTOS[s.data])
     if s.label_fraction < 1:
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
-    if s.mode != "knn":
-        s.batch_size = min(s.batch_size, len(train))           # with few labels, all that there are
-        if s.batch_size % world:
-            raise InputError(f"--batch-size {s.batch_size} does not divide among {world} processes")
-        if s.mode == "linear" and s.batch_size < 2:
-            raise InputError("--batch-size 1: the batch norm of a linear probe needs two images")
-    if s.mode == "finetune":
-        model, new = new_classifier(vit, classes, s)
-    out = settings["out"] = s.out = open_folder(settings, "init", RUN_FILES)
-
-    say(f"run {out}: {s.mode} on {s.data}, {where}, {classes} classes"
-        + f", {len(train):,} used" * (s.label_fraction < 1))
-    if s.data in PHOTOS and found != PHOTOS[s.data][:2]:
-        say("  note      the paper has {:,} and {:,} images of these".format(*PHOTOS[s.data]))
-    say(f"  loaded    {vit.description}" + ", norm not used" * (s.mode == "finetune"))
-    say(f"  images    {' x '.join(map(str, vit.config['image_size']))}, {vit.config['channels']} "
-        f"channels, mean {vit.config['mean']}, std {vit.config['std']}")
-    if s.mode == "finetune":
-        say(f"  new       {', '.join(new)}")
-        if s.randaugment:
-            grey = 255 * sum(vit.config["mean"]) / len(vit.config["mean"])
-            train.policy = RandAugment(s.randaugment, fill=round(grey))
-        further = batch_augmentation(s, classes)
-        return train_classifier(model, train, test, s, device, began, further)
-
-    vit.to(device)
-    _, autocast = precision(s, device)
-    say(f"  features  {s.pool} after block {vit.depth if s.block is None else s.block}")
-
-    def features(batches):
-        with autocast:
-            return pooled_features(vit, batches, s.block, s.pool)
-
-    if s.mode == "knn":
-        top1 = KNN(train, test, s.bank, queries=None)(features)
-        line = dict(top1=top1, minutes=(time.perf_counter() - began) / 60)
-        record(out, [], line | broken_of(train, test))
-        return report(s, line | broken_of(train, test), len(train))
-    train, test = (Features(features(x.plain(torch.arange(len(x)))), x) for x in (train, test))
-    say(f"  computed  in {(time.perf_counter() - began) / 60:.1f} minutes; "
-        "new are batch norm and a linear layer")
-    torch.manual_seed(s.seed)
-    model = Probe(train.features.shape[1], classes)
-    single_layer = argparse.Namespace(**vars(s) | dict(amp="off", compile=False))
-    return train_classifier(model, train, test, single_layer, device, began)
+        size += f", {len(train):,} of them used"
+    s.batch_size = min(s.batch_size or 1, len(train))              # with few labels, all there are
+    run.divide(len(train))
+    run.open_folder(train, test)
+    run.say(f"run {run.out}: {s.mode} on {s.data}, {size}, {len(train.classes)} classes\n"
+            f"  loaded    {vit.description}\n  recipe    " + ", ".join(
+                f"{key} {getattr(s, key)}" for key in ("recipe", *IMAGENET)
+                if getattr(s, key) is not None))
+    return run, vit, train, test
 
 
-def train_classifier(model, train, test, s, device, began, further=None):
-    """The loop of fine-tuning and of the linear probe; returns the result.
-
-    model: has `logits`. train, test: sources of images or of features. began: the clock at the
-    start. further: augmentation of whole batches, as `batch_augmentation` returns it."""
-    rank, world, _, say = join_processes(s)
-    model.to(device)
-    steps, local = len(train) // s.batch_size, s.batch_size // world
+def finetune(s):
+    """Train a classifier, all of it or what --freeze-blocks leaves; returns the result."""
+    began = time.perf_counter()
+    run, vit, train, test = begin(s)
+    steps, local, share = run.divide(len(train))
+    classes = list(train.classes)
+    model = new_classifier(vit, len(classes), s).to(run.device)
     total, warmup = s.epochs * steps, round(s.warmup_epochs * steps)
-    peak, piece = s.blr * s.batch_size / 256, s.micro_batch or local
-    mine = slice(rank * local, (rank + 1) * local)
-    groups = layer_groups(model, getattr(s, "layer_decay", 1.0), s.weight_decay)
-    options = dict(lr=peak, fused=device.type in ("cpu", "cuda"))
+    peak = s.blr * s.batch_size / 256
+    groups = layer_groups(model, s.layer_decay, s.weight_decay)
+    options = dict(lr=peak, fused=run.device.type in ("cpu", "cuda"))
     optimizer = (torch.optim.AdamW(groups, betas=(0.9, 0.999), **options) if s.optimizer == "adamw"
                  else torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options))
-    scaler, autocast = precision(s, device)
+    run.say(f"  training  {total} steps, {warmup} of warm-up, learning rate {peak:.3g}, by layer x "
+            + " ".join(f"{x:.3g}" for x in sorted({group["scale"] for group in groups})))
+    if s.randaugment:
+        grey = round(255 * sum(vit.config["mean"]) / len(vit.config["mean"]))
+        train.policy = RandAugment(s.randaugment, fill=grey)
+    mix = batch_augmentation(s, len(classes))
+    run.parts = dict(model=model, optimizer=optimizer, scaler=run.scaler)
+    done = run.load_checkpoint(train)
+    before = run.log[-1]["minutes"] if run.log else 0.0
+    best = max((line["best_top1"] for line in run.log if "best_top1" in line), default=0.0)
 
-    say(f"  recipe    {s.recipe}: {s.optimizer}, " + ", ".join(
-        f"{key.replace('_', ' ')} {getattr(s, key):g}" for key in RECIPES["imagenet"]
-        if key != "optimizer" and hasattr(s, key)))
-    say(f"  training  learning rate {peak:.3g}, {total} steps, {warmup} of them warm-up; "
-        + on_what(s, device, world))
-    for layer in sorted({group["layer"] for group in groups}):
-        here = [group for group in groups if group["layer"] == layer]
-        say(f"  layer {layer:<3} learning rate x {here[0]['scale']:.4f}; " + ", ".join(
-            f"{sum(p.numel() for p in group['params']):,} parameters, weight decay "
-            f"{group['weight_decay']:g}" for group in here))
-
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    state_of = dict(images=len(train), classes=list(train.classes))
-    done, log = load_checkpoint(s.out, parts, **state_of) if s.resume else (0, [])
-    minutes = log[-1]["minutes"] if log else 0.0
-    best = max((line["best_top1"] for line in log if "best_top1" in line), default=0.0)
-    if s.resume:
-        say(f"{s.out}: {done} of {s.epochs} epochs are done")
-    replica = replicate(Supervised(model, s.smoothing), s, device)
-
-    def batches(epoch):
-        order = epoch_order(train, s, epoch)[:, mine]
-        for images, indices in zip(train.batches(order, epoch), order):
-            yield images, train.labels[indices].to(device)      # after reading: see Files._load
-
-    def pieces(step, images, labels):
-        """(images, targets). As in dmae.py, the random numbers of a step do not depend on who
-        computes what, but for the partners in MixUp and CutMix."""
-        generator = torch.Generator(device).manual_seed(mix(s.seed, 1, step))
-        draws = train.draw(s.batch_size, generator)
-        images = train.augment(images, *(x[mine] for x in draws))
-        if further:
-            images, labels = further(images, labels, step, rank * local)
-        return zip(images.split(piece), labels.split(piece))
-
-    def update(step, batch):
-        lr = learning_rate(step, total, warmup, peak, s.end_lr)
-        return train_step(replica, optimizer, scaler, lr, pieces(step, *batch), local, autocast,
-                          s.clip)
-
+    replica = run.replicate(Supervised(model, s.smoothing))
     for epoch in range(done, s.epochs):
         model.train()
-        means, line = run_epoch(update, batches(epoch), optimizer, epoch, steps, s,
-                                first=epoch == done)
-        line |= means
+        meter = Meter(run, epoch, steps, optimizer)
+        order = epoch_order(len(train), s, epoch)[:, share]
+        for i, (images, labels) in meter.watch(train.batches(order, epoch)):
+            # As in dmae.py, the random numbers of a step do not depend on who computes what, but
+            # for the partners in MixUp and CutMix.
+            step = epoch * steps + i
+            generator = torch.Generator(run.device).manual_seed(seed_of(s.seed, 1, step))
+            draws = train.draw(s.batch_size, generator)
+            images = train.augment(images, *(draw[share] for draw in draws))
+            images, targets = mix(images, labels, step, first=share.start)
+            pieces = zip(*(x.split(s.micro_batch or local) for x in (images, targets)))
+            lr = learning_rate(step, total, warmup, peak, s.end_lr)
+            meter.add(train_step(replica, optimizer, run.scaler, lr, pieces, local, run.autocast,
+                                 s.clip))
+        line = meter.line()
         if (epoch + 1) % s.eval_every == 0 or epoch + 1 == s.epochs:
-            line |= evaluate(model, test, autocast, device)
+            line |= evaluate(model, test, run)
             best = line["best_top1"] = max(best, line["top1"])
-        line["minutes"] = minutes + (time.perf_counter() - began) / 60
-        line |= broken_of(train, test)
-        if rank == 0:
-            record(s.out, log, line)
-            save_checkpoint(s.out, parts, epoch + 1, **state_of)
-            say(f"epoch {epoch + 1}/{s.epochs}: loss {line['loss']:.4f}, "
-                + "".join(f"top-{k} {line[f'top{k}']:.2%}, " for k in (1, 5) if f"top{k}" in line)
-                + f"{line['images_per_second']:.0f} images/s")
+        run.record(line | dict(minutes=before + (time.perf_counter() - began) / 60))
+        run.save_checkpoint(train)
 
-    if rank == 0 and isinstance(model, Classifier):
-        content = dict(model={name: p.detach().cpu() for name, p in model.state_dict().items()},
-                       config=model.config | dict(classes=list(train.classes)))
-        write(s.out / "model.pth", lambda path: torch.save(content, path))
-    if world > 1:
-        dist.barrier()                                # whoever returns finds the files
-    return report(s, log[-1], len(train)) if rank == 0 else {}
+    content = dict(config=model.config | dict(classes=classes), model={
+        name: p.detach().cpu() for name, p in model.state_dict().items()})
+    if run.rank == 0:
+        write(run.out / "model.pth", lambda path: torch.save(content, path))
+    run.wait()                                                    # whoever returns finds the files
+    return report(run, train, run.log[-1])
 
 
-def broken_of(train, test):
-    broken = len(train.broken) + len(test.broken)
-    return dict(broken_images=broken) if broken else {}
+def probe(s):
+    """--mode knn and linear, on features computed once, without crops or flips."""
+    began = time.perf_counter()
+    run, vit, train, test = begin(s)
+    require(run.world == 1, f"--mode {s.mode} is the work of one process: start it without torchrun")
+    features = partial(pooled_features, vit.to(run.device), block=s.block, pool=s.pool)
+    if s.mode == "knn":
+        line = nearest_neighbours(run, train, test, s.bank, None, top1=features)
+    else:
+        line = linear_probe(s, *(features_of(run, source, torch.arange(len(source)), features)
+                                 for source in (train, test)))
+    run.record(line | dict(minutes=(time.perf_counter() - began) / 60))
+    return report(run, train, run.log[-1])
 
 
-def report(s, line, train_images):
-    """Print and return the result: the settings that tell runs apart, and the last `line` of the
-    log."""
-    keys = ("mode", "data", "init", "seed", "label_fraction", "recipe", "epochs", "batch_size",
-            "blr", "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank", "holdout")
-    keys += ("pool",) if s.mode != "finetune" else ()
-    result = {key: getattr(s, key) for key in keys if getattr(s, key, None) is not None}
-    result |= dict(train_images=train_images, out=str(s.out))
-    keys = ("top1", "top5", "minutes", "broken_images")
-    result |= {key: line[key] for key in keys if key in line}
-    print(json.dumps(result))
-    return result
+def linear_probe(s, train, test):
+    """{"top1", "top5"} of a linear layer behind a batch norm without parameters.
+
+    train, test: features (N, c) and labels (N,) int64."""
+    (x, y), (test_x, test_y) = train, test
+    torch.manual_seed(s.seed)
+    head = nn.Linear(x.shape[1], int(y.max()) + 1)
+    model = nn.Sequential(nn.BatchNorm1d(x.shape[1], affine=False), head).to(x.device)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True,
+                                weight_decay=s.weight_decay)
+    steps, peak = len(x) // s.batch_size, s.blr * s.batch_size / 256
+    for epoch in range(s.epochs):
+        for i, ids in enumerate(epoch_order(len(x), s, epoch)):
+            step = epoch * steps + i
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    step, s.epochs * steps, round(s.warmup_epochs * steps), peak)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[ids]), y[ids]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        best = model.eval()(test_x).topk(min(5, head.out_features)).indices == test_y[:, None]
+    return dict(top1=best[:, 0].float().mean().item(), top5=best.any(1).float().mean().item())
 
 
 if __name__ == "__main__":
