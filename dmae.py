@@ -254,22 +254,6 @@ class MAE(nn.Module):
 
 # ============================================================================================ D-MAE
 
-class Scores(nn.Module):
-    """D2-MAE's extra block: norm1, queries and keys."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.qk = nn.Linear(width, 2 * width)
-        initialise(self)
-
-    def queries_and_keys(self, x):
-        """(b, n, c) -> 2 of (b, h, n, d)."""
-        qk = self.qk(self.norm1(x))
-        return rearrange(qk, "b n (two h d) -> two b h n d", two=2, h=self.heads)
-
-
 MATCHES = ("scores", "probs", "hidden")
 
 
@@ -296,7 +280,9 @@ class DMAE(nn.Module):
         check_distillation(self, teacher, layers, decoupled)
         self.extra = None
         if decoupled:                     # of this block, norm1, queries and keys are all there is
-            self.extra = Scores(encoder.width, encoder.config["heads"])
+            self.extra = Block(encoder.width, encoder.config["heads"])
+            initialise(self.extra)
+            del self.extra.attn.proj, self.extra.norm2, self.extra.mlp
         # Past nn.Module's registry: thus the teacher is in no optimizer, no state_dict and no DDP,
         # and .train() does not reach it. `_apply` below lets it follow .to(device).
         self.__dict__["teacher"] = resize_grid(teacher, encoder.grid).requires_grad_(False).eval()
