@@ -7,8 +7,8 @@ Wang et al., "A Closer Look at Self-Supervised Lightweight Vision Transformers",
     python dmae.py                                    # draws its own images, trains its own teacher
     python dmae.py --teacher mae_base.pth --data /path/to/imagenet             # the paper's run
 
-First the paper: ViT, MAE, D-MAE. Then what they rest on, teacher files, pre-training, and what
-surrounds a run: flags, folder, log, k-NN, pictures.
+First the paper: ViT, MAE, D-MAE. Then what they rest on, teacher files, pre-training, and runs:
+flags, folder, log, k-NN, pictures.
 
 Shapes in comments and einops patterns: b batch, n patches, k kept (visible) patches, h heads,
 d width of a head, c width of the tokens, p side of a patch, s and t heads of student and teacher.
@@ -36,8 +36,7 @@ from einops import einsum, rearrange
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (
-    IMAGENET_MEAN, IMAGENET_STD, SETS, InputError, open_data, require, save_grid, seed_of, write)
+from data import SETS, InputError, open_data, require, save_grid, seed_of, write
 
 # ============================================================================================== ViT
 
@@ -87,18 +86,12 @@ class Block(nn.Module):
         x = x + update
         return x + self.mlp(self.norm2(x)), queries_and_keys
 
-    def queries_and_keys(self, x):
-        return self.attn.queries_and_keys(self.norm1(x))
-
-
 class ViT(nn.Module):
-    """Vision transformer: the student's encoder, the teacher, later the classifier.
-
-    Parameter names are those of timm and the MAE release. `image_size` is a side or (height,
-    width). `mean` and `std` say how its images are normalised: DMAE translates between two such."""
+    """Vision transformer: the student's encoder, the teacher, later the classifier. Parameter names
+    are timm's. image_size: a side or (height, width). mean, std: how its images are normalised."""
 
     def __init__(self, image_size=224, patch_size=16, channels=3, width=192, depth=12, heads=12,
-                 mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                 mean=SETS["folder"]["mean"], std=SETS["folder"]["std"]):
         super().__init__()
         sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
         require(patch_size > 0 and all(side > 0 and side % patch_size == 0 for side in sides),
@@ -122,19 +115,17 @@ class ViT(nn.Module):
         initialise(self)
 
     def forward(self, images, ids_keep=None, tokens_of=(), scores_of=()):
-        """Run the blocks as far as asked, and no further.
+        """images: (b, channels, height, width), normalised; ids_keep: (b, k) visible patches, None
+        for all -> ({i: tokens after block i, (b, 1 + k, c)} for i in tokens_of, 0 the embedding,
+        {i: scores of block i, (b, h, 1 + k, 1 + k) float32} for i in scores_of).
 
-        images: (b, channels, height, width), normalised. ids_keep: (b, k) visible patches, or None
-        for all. Returns ({i: tokens after block i, (b, 1 + k, c)}, {i: scores of block i,
-        (b, h, 1 + k, 1 + k) float32}) for the blocks i in `tokens_of` and in `scores_of`; tokens 0
-        are the embedding. Where a block's scores are the last thing asked for, as of the teacher,
-        nothing after its queries and keys is computed."""
+        Nothing past that is computed: of a frozen teacher's last block, queries and keys alone."""
         last_tokens, last = max(tokens_of, default=0), max(*tokens_of, *scores_of, 0, 0)
         x, scores = self.embed(images, ids_keep), {}                                  # b 1+k c
         tokens = {0: x} if 0 in tokens_of else {}
         for i, block in enumerate(self.blocks[:last], start=1):
             if i == last > last_tokens:
-                q, k = block.queries_and_keys(x)                                      # b h 1+k d
+                q, k = block.attn.queries_and_keys(block.norm1(x))                    # b h 1+k d
             else:
                 x, (q, k) = block(x)                                                  # b 1+k c
             if i in scores_of:
@@ -157,9 +148,7 @@ class ViT(nn.Module):
         return torch.cat([cls.to(x.dtype), x], dim=1)                                 # b 1+k c
 
     def encode(self, images):
-        """All tokens after the final norm: (b, 1 + n, c). Nothing is masked, nothing is random.
-
-        (In D2-MAE that norm has learnt on the block that the decoder reads, not on the last.)"""
+        """All tokens after the final norm: (b, 1 + n, c). Nothing is masked, nothing is random."""
         return self.norm(self(images, tokens_of=[self.depth])[0][self.depth])
 
     def patchify(self, images):
@@ -177,11 +166,9 @@ class ViT(nn.Module):
 
 
 class MAE(nn.Module):
-    """Masked autoencoder: an encoder of the visible patches and a light decoder of all.
-
-    `decode_after`: the block, from 1, whose output the decoder reads; default the last (D2-MAE
-    reads an earlier one). Decoder names are those of the MAE release. Raises InputError for
-    settings that do not fit."""
+    """Masked autoencoder: an encoder of the visible patches and a light decoder of all, with the
+    names of the MAE release. decode_after: the block, from 1, whose output the decoder reads, by
+    default the last. Raises InputError for settings that do not fit."""
 
     def __init__(self, encoder, decoder_width=96, decoder_depth=1, decoder_heads=3, mask_ratio=0.75,
                  norm_pix=True, decode_after=None):
@@ -213,7 +200,8 @@ class MAE(nn.Module):
     def forward(self, images, ids_keep=None):
         """images: (b, channels, height, width), normalised; ids_keep: (b, k) visible patches, drawn
         at random if None -> {"loss": what to minimise, "mae": its only term}."""
-        ids_keep = self.choose_at_random(images) if ids_keep is None else ids_keep    # b k
+        if ids_keep is None:
+            ids_keep = self.choose(torch.rand(len(images), self.patches, device=images.device))
         tokens, _ = self.encoder(images, ids_keep, tokens_of=[self.decode_after])
         mae = self.reconstruction_loss(images, tokens[self.decode_after], ids_keep)
         return {"loss": mae, "mae": mae}
@@ -221,9 +209,6 @@ class MAE(nn.Module):
     def choose(self, noise):
         """noise: (b, n) -> ids_keep (b, k), the patches of the smallest noise."""
         return noise.argsort(dim=1)[:, :self.kept]
-
-    def choose_at_random(self, images):
-        return self.choose(torch.rand(len(images), self.patches, device=images.device))
 
     def decode(self, tokens, ids_keep):
         """tokens: (b, 1 + k, c) of block `decode_after` -> prediction (b, n, p * p * channels)."""
@@ -260,17 +245,12 @@ MATCHES = ("scores", "probs", "hidden")
 class DMAE(nn.Module):
     """A masked autoencoder whose attention is pulled towards a frozen teacher's.
 
-    student: MAE. teacher: ViT, any width, depth, heads, patch size and normalisation; it is
-    changed: frozen, and its position table brought to the student's grid. alpha: weight of the
-    distillation loss. layers: pairs (student block, teacher block) counted from 1, default the last
-    of each; one mixer M per pair, losses summed. match: what is compared,
-
-        scores   the attention maps before the softmax, class token included (the paper's L_attn)
-        probs    the same after the softmax
-        hidden   the blocks' output tokens
-
-    decoupled: D2-MAE. An extra block of the student meets the teacher's last; build the student's
-    MAE with an earlier `decode_after`. Raises InputError for settings that do not fit."""
+    teacher: a ViT of any size and normalisation; it is frozen and brought to the student's grid.
+    layers: pairs (student block, teacher block) from 1, by default the last of each, with a mixer M
+    and a loss for each pair. match: "scores", the attention maps before the softmax, class token
+    included (the paper's L_attn); "probs", after it; "hidden", the blocks' output tokens.
+    decoupled: D2-MAE, an extra block of the student meets the teacher's last; build the student's
+    MAE with an earlier decode_after. Raises InputError for settings that do not fit."""
 
     def __init__(self, student, teacher, layers=None, match="scores", alpha=1.0, decoupled=False):
         super().__init__()
@@ -297,14 +277,16 @@ class DMAE(nn.Module):
         """images: (b, channels, height, width), normalised for the student; ids_keep: (b, k)
         visible patches, drawn at random if None -> {"loss": total, and its terms by name}."""
         student, encoder = self.student, self.student.encoder
-        ids_keep = student.choose_at_random(images) if ids_keep is None else ids_keep     # b k
+        if ids_keep is None:
+            noise = torch.rand(len(images), student.patches, device=images.device)
+            ids_keep = student.choose(noise)                                                  # b k
         hidden, (ours, theirs) = self.match == "hidden", zip(*self.layers)
 
         tokens, scores = encoder(images, ids_keep, tokens_of=range(encoder.depth + 1),
                                  scores_of=() if hidden else ours)
         if self.extra is not None:
-            q, k = self.extra.queries_and_keys(tokens[encoder.depth])                     # b s 1+k d
-            scores[encoder.depth + 1] = attention_scores(q, k)                            # b s 1+k 1+k
+            q, k = self.extra.attn.queries_and_keys(self.extra.norm1(tokens[encoder.depth]))
+            scores[encoder.depth + 1] = attention_scores(q, k)                    # b s 1+k 1+k
         mae = student.reconstruction_loss(images, tokens[student.decode_after], ids_keep)
 
         with torch.no_grad():                              # same image, same visible patches
@@ -456,58 +438,50 @@ def read_weights(path):
     except Exception as error:                        # a damaged file may fail anywhere in a reader
         raise InputError(f"{path} cannot be read as weights, it may be truncated: fetch it "
                          "again") from error
-    require(isinstance(content, dict), f"{path} holds no state dict, but a {type(content).__name__}")
+    require(isinstance(content, dict), f"{path} holds no state dict: {type(content).__name__}")
     return content
 
 
-def named_tensors(content):
-    """(container, [(name as in timm, prefix that was stripped, value)]) of a file's content."""
-    container, found = next((k for k in CONTAINERS if isinstance(content.get(k), dict)), None), []
-    for key, value in (content[container] if container else content).items():
-        prefix = PREFIX.match(str(key))[0]
-        name = str(key).removeprefix(prefix)
-        for pattern, new in RENAMINGS:
-            name = re.sub(pattern, new, name)
-        found.append((name, prefix.replace("_orig_mod.", ""), value))
-    return container, found
-
-
 def load_vit(path, heads=None):
-    """A `ViT` with the weights of any plain ViT's file.
+    """A `ViT` with the weights in a file of this project, the MAE release, the D-MAE authors, timm,
+    Hugging Face, MoCo-v3, DINO (its teacher) or DeiT; `description` says what was read.
 
-    path: .pth or .safetensors of this project, the MAE release, the D-MAE authors, timm, Hugging
-    Face, MoCo-v3, DINO (its teacher) or DeiT. Sizes come from the tensors. Heads are in no tensor
-    and come from the first of these that knows; a caller who contradicts it is refused:
+    Sizes come from the tensors. Heads are in none and come from the first of these that knows:
 
         1. our own file's config
         2. the D-MAE authors' files: 12
         3. the width: 768 has 12, 1024 and 1280 have 16
         4. the caller: `heads`, or written behind the path, "x.pth:3"
 
-    Every tensor must be one of the encoder's, or of a kind known to be unused; anything else is an
-    InputError with the reason. `description` of the result says what was read."""
+    Raises InputError for heads that contradict this, and for any tensor that is missing, does not
+    fit, or is neither the encoder's nor of a kind known to be unused."""
     path, heads = split_heads(path, heads)
     content = read_weights(path)
-    require(not {"images", "optimizer"} <= content.keys(), f"{path} is a checkpoint to resume from: "
-            "give the student.pth or model.pth beside it, which knows its heads and images")
+    require(not {"images", "optimizer"} <= content.keys(), f"{path} is a checkpoint to resume "
+            "from: give the student.pth or model.pth beside it, which knows its heads and images")
 
     # 1. Names: what is the encoder's, and what is known to be something else.
-    container, found = named_tensors(content)
-    state = {name: x for name, _, x in found if not name.startswith(UNUSED)}
-    ignored = {name.split(".")[0] for name, _, x in found if name.startswith(UNUSED)}
-    require(len(state) == sum(not name.startswith(UNUSED) for name, _, _ in found),
-            f"{path} holds weights of the same name twice, under different prefixes")
+    container = next((k for k in CONTAINERS if isinstance(content.get(k), dict)), None)
+    state, others, prefixes = {}, {}, set()
+    for key, value in (content[container] if container else content).items():
+        prefix = PREFIX.match(str(key))[0]
+        name = str(key).removeprefix(prefix)
+        for pattern, new in RENAMINGS:
+            name = re.sub(pattern, new, name)
+        require(name not in state, f"{path} holds {name} twice, under different prefixes")
+        (others if name.startswith(UNUSED) else state)[name] = value
+        prefixes |= {prefix.replace("_orig_mod.", "")} if name in state else set()
 
     # 2. What differs between layouts.
     for name in [n for n in state if ".attn.q." in n]:                 # Hugging Face: three tensors
         parts = [state.pop(name.replace(".attn.q.", f".attn.{x}."), torch.empty(0)) for x in "qkv"]
         state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    if "norm.weight" not in state:                                     # fine-tuned: its only norm
+    if classifier := "norm.weight" not in state:                       # fine-tuned: its only norm
         state = {re.sub(r"^fc_norm\.", "norm.", n): t for n, t in state.items()}
     depth = sum(n.endswith(".mlp.fc1.weight") for n in state)
     extra = re.compile(rf"blocks\.{depth}\.(norm1|attn\.qkv)\.")       # D2-MAE's extra block
-    ignored |= {"extra block" for n in state if extra.match(n)}
-    state = {n: t for n, t in state.items() if not extra.match(n)}
+    others |= {n: t for n, t in state.items() if extra.match(n)}
+    state = {n: t for n, t in state.items() if n not in others}
 
     # 3. Sizes.
     try:
@@ -521,7 +495,7 @@ def load_vit(path, heads=None):
                   image_size=math.isqrt(positions) * patch_size)
 
     # 4. Heads and normalisation.
-    own, prefixes = content.get("config"), {prefix for name, prefix, _ in found if name in state}
+    own = content.get("config")
     if isinstance(own, dict) and {"heads", "image_size", "mean", "std"} <= own.keys():
         known, why = own["heads"], "its own config"
         config |= {key: own[key] for key in ("image_size", "mean", "std")}
@@ -532,21 +506,24 @@ def load_vit(path, heads=None):
     require(known or heads is not None, f"{path}: a ViT {width} wide may have any number of heads "
             "and the file does not say (DeiT-Tiny has 3, MAE-Tiny 12): write it behind the name, "
             f"{path.name}:12")
-    require(heads in (None, known) or known is None, f"{path} has {known} heads by {why}, not {heads}")
-    require("mean" in config or channels == 3, f"{path} takes images of {channels} channels and does "
-            "not say how they are normalised: only our own files may have other than 3")
+    require(None in (heads, known) or heads == known, f"{path} has {known} heads by {why}, not "
+            f"{heads}")
+    require("mean" in config or channels == 3, f"{path} takes images of {channels} channels and "
+            "does not say how they are normalised: only our own files may have other than 3")
 
     # 5. Every tensor in its place, or an error.
     try:
         vit = ViT(**config, heads=known or heads)
         vit.load_state_dict(state)
     except (InputError, RuntimeError) as error:
-        reason = " ".join(str(error).removeprefix("Error(s) in loading state_dict for ViT:").split())
+        reason = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for ")
         raise InputError(f"{path} holds no plain ViT: {reason[:300]}") from error
+    vit.others = others if classifier else {}
     vit.description = (
-        f"ViT {width} wide, {depth} blocks, {known or heads} heads by {why if known else 'request'}, "
-        f"patch {patch_size}, grid {vit.grid[0]}x{vit.grid[1]}, from {path.name}"
-        + f"; {', '.join(sorted(ignored))} not used" * bool(ignored))
+        f"ViT {width} wide, {depth} blocks, {known or heads} heads by {why if known else 'request'}"
+        f", patch {patch_size}, grid {vit.grid[0]}x{vit.grid[1]}, from {path.name}")
+    if others:
+        vit.description += "; not used: " + ", ".join(sorted({n.split(".")[0] for n in others}))
     return vit
 
 
@@ -652,17 +629,23 @@ def pretrain(s):
                                   betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
     run.parts = dict(model=model, optimizer=optimizer, scaler=run.scaler)
     done = run.load_checkpoint(train)
-    introduce(run, student, teacher, train, f"{total} steps, {warmup} of warm-up, rate {peak:.3g}")
-    knn, features = partial(nearest_neighbours, run, train, test), partial(
-        pooled_features, student.encoder)
+    plain, _ = next((test or train).plain(torch.linspace(0, len(test or train) - 1, 8).long()))
+    nothing = student.target(plain)[0].square().mean()
+    run.say(f"run {run.out}: {s.student} on {len(train):,} images of {s.data}, {student.kept} of "
+            f"{student.patches} patches visible; {run.world} x {s.device}, amp {s.amp}\n"
+            f"teacher: {teacher.description if teacher else 'none, plain MAE'}\n"
+            f"{total} steps, {warmup} of warm-up, learning rate {peak:.3g}\n"
+            f"MAE loss of predicting nothing: {nothing:.3f}; learning begins below it")
+    knn = partial(nearest_neighbours, run, train, test)
+    features = partial(pooled_features, student.encoder)
     if not run.log:
         run.record(dict(epoch=0, step=0) | knn(knn_pixels=lambda x: x.flatten(1), knn=features))
 
     replica = run.replicate(model)
     for epoch in range(done, s.epochs):
-        meter = Meter(run, epoch, steps, optimizer)
+        meter = Meter(run, epoch, steps)
         order = epoch_order(len(train), s, epoch)[:, share]
-        for i, (images, _) in meter.watch(train.batches(order, epoch)):
+        for i, (images, _) in enumerate(train.batches(order, epoch)):
             # The random numbers of a step are drawn for the whole batch and then divided, so that
             # they do not depend on who computes what.
             step, device = epoch * steps + i, run.device
@@ -673,34 +656,24 @@ def pretrain(s):
             pieces = ((train.augment(part, *draw), ids) for part, ids, *draw in zip(*parts))
             lr = learning_rate(step, total, warmup, peak)
             meter.add(train_step(replica, optimizer, run.scaler, lr, pieces, local, run.autocast))
-        run.record(meter.line() | knn(knn=features))
+        run.record(meter.line(optimizer) | knn(knn=features))
         run.save_checkpoint(train)
         if run.rank == 0:
             save_student(run.out / "student.pth", model)
-    finish(run, model, student, test or train)
+    if run.rank == 0:
+        save_student(run.out / "student.pth", model)
+        draw_pictures(run.out, model, student, plain)
     run.say(f"in {run.out}: student.pth, reconstruction.png, attention.png, log.jsonl")
     run.wait()                     # whoever returns finds the files: a teacher's are read at once
     return run.out
 
 
-def introduce(run, student, teacher, train, schedule):
-    """Print what is about to be trained, and what its loss has to fall below."""
-    s, (images, _) = run.s, next(train.plain(torch.arange(8)))
-    run.say(f"run {run.out}: {len(train):,} images of {s.data}\n"
-            f"  student   {s.student}, {student.kept} of {student.patches} patches visible\n"
-            f"  teacher   {teacher.description if teacher else 'none: plain MAE'}\n"
-            f"  training  {s.epochs} epochs, batch {s.batch_size}, {schedule}\n"
-            f"  machine   {run.device}, amp {s.amp}, compiled {s.compile}, {run.world} process(es)\n"
-            f"  MAE loss of predicting nothing: {student.target(images)[0].square().mean():.3f}; "
-            "learning begins below it")
-
-
 def pretrain_teacher(s):
     """--teacher self: first a run of its own, without a teacher, in OUT/teacher."""
     out = Path(s.out) / "teacher"
-    given = vars(s) | dict(teacher="none", student=s.teacher_preset, out=str(out))
-    given |= dict(zip(("decoder_width", "decoder_depth", "decoder_heads"), PRESETS[s.teacher_preset][1]))
-    pretrain(argparse.Namespace(**given | dict(resume=(out / "config.json").exists() or None)))
+    pretrain(argparse.Namespace(**vars(s) | dict(
+        teacher="none", student=s.teacher_preset, decoder_width=None, decoder_depth=None,
+        decoder_heads=None, out=str(out), resume=(out / "config.json").exists())))
     return load_vit(out / "student.pth")
 
 
@@ -711,7 +684,7 @@ def pretrain_teacher(s):
 MACHINE_FLAGS = {
     "data_dir": ("data", "DIR", "where named sets lie, or are downloaded to"),
     "seed": (0, (int, 0, 2**63 - 1), "of everything random; vary it for error bars"),
-    "micro_batch": (None, (int, 1, 10**9), "images at a time if memory is short; same update [all]"),
+    "micro_batch": (None, (int, 1, 10**9), "images at a time, if memory is short [all]"),
     "workers": (min(8, os.cpu_count() or 1), (int, 0, 1000), "processes decoding image files"),
     "device": (None, "DEVICE", "cpu, cuda, cuda:1, ... [cuda if there is one]"),
     "amp": (None, ("off", "bf16", "fp16"), "autocast [cuda: bf16, fp16 on old cards; else off]"),
@@ -745,71 +718,59 @@ FLAGS = {
 } | MACHINE_FLAGS
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser of FLAGS, or others like them; what is not given is not in its result."""
-
-    def __init__(self, prog, description, flags):
-        super().__init__(prog, description=description, allow_abbrev=False,
-                         argument_default=argparse.SUPPRESS)
-        for name, (default, kind, text) in flags.items():
-            options = (dict(action=argparse.BooleanOptionalAction) if kind is bool
-                       else dict(metavar=kind) if isinstance(kind, str)
-                       else dict(choices=kind) if isinstance(kind[0], str)
-                       else dict(metavar=kind[0].__name__, type=partial(number, *kind)))
-            text += "" if default is None else f" [{default}]"
-            self.add_argument("--" + name.replace("_", "-"), help=text, **options)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
-
-
-def number(kind, least, most, text):
-    value = kind(text)
-    if not least <= value <= most:                                                    # nor is nan
-        raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
-    return value
-
-
 def main(argv=None):
     """The command line; returns the run's folder. Bad input: a line on stderr, exit status 2."""
-    parser = Parser("dmae.py", "Pre-train a small ViT as a masked autoencoder, distilling a "
-                    "teacher's attention. [set], [preset]: see RECIPES, PRESETS.", FLAGS)
-    with one_line_errors(parser):
-        return pretrain(settings_of(parser, argv, FLAGS, "teacher", defaults_for))
+    with command_line("dmae.py", FLAGS, argv) as given:
+        return pretrain(settings_of(given, FLAGS, "teacher", defaults_for))
 
 
 @contextlib.contextmanager
-def one_line_errors(parser):
-    """Around a program: an error that its user can correct ends it in one line."""
+def command_line(prog, flags, argv):
+    """Yields what is given of `flags`, a dictionary; an error within that the user can correct ends
+    the program in one line."""
+    def number(kind, least, most, text):
+        value = kind(text)
+        if not least <= value <= most:                                                # nor is nan
+            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
+        return value
+
+    parser = argparse.ArgumentParser(prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda error: parser.exit(2, f"{prog}: error: {' '.join(str(error).split())}\n")
+    for name, (default, kind, text) in flags.items():
+        options = (dict(action=argparse.BooleanOptionalAction) if kind is bool
+                   else dict(metavar=kind) if isinstance(kind, str)
+                   else dict(choices=kind) if isinstance(kind[0], str)
+                   else dict(type=partial(number, *kind), metavar=kind[0].__name__))
+        text += "" if default is None else f" [{default}]"
+        parser.add_argument("--" + name.replace("_", "-"), help=text, **options)
     try:
-        yield
-    except (InputError, OSError) as error:            # OSError: a full disk, a name that is too long
+        yield vars(parser.parse_args(argv))
+    except (InputError, OSError) as error:         # OSError: a full disk, a name that is too long
         parser.error(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"interrupted; what it had finished: python {parser.prog} --resume DIR\n")
+        parser.exit(130, f"interrupted; a run goes on with: python {prog} --resume DIR\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def settings_of(parser, argv, flags, source, defaults_for):
-    """The settings of a run, a Namespace. Each comes from the first of these that has it: its flag;
-    with --resume, the run's config.json; `defaults_for` the flags that were given; `flags`.
+def settings_of(given, flags, source, defaults_for):
+    """The settings of a run, a Namespace. Each comes from the first of these that has it: what is
+    given; with --resume, the run's config.json; `defaults_for` what is given; `flags`.
 
     source: the flag of the file that the run starts from, known by its hash if it has moved."""
-    given = vars(parser.parse_args(argv))
     if "resume" not in given:
         defaults = {name: flag[0] for name, flag in flags.items()}
         return argparse.Namespace(**defaults | defaults_for(given) | given)
-    out = given["resume"]
-    if other := given.keys() - {"resume", source, "data", "data_dir", "workers"}:
-        raise InputError(f"--{min(other)}: a run is resumed with its own settings, leave it out")
+    out, movable = given["resume"], {"resume", source, "data", "data_dir", "workers"}
+    require(given.keys() <= movable, "--resume takes all settings from the run: leave out "
+            + ", ".join(sorted(given.keys() - movable)))
     try:
         saved = json.loads((Path(out) / "config.json").read_text())
         sha256, settings = saved[f"{source}_sha256"], saved["settings"] | given | dict(out=out)
         s = argparse.Namespace(**{name: settings[name] for name in flags} | settings)
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"--resume {out}: no run of {parser.prog} is there, or its config.json is "
+        raise InputError(f"--resume {out}: no run of this program is there, or its config.json is "
                          "damaged") from error
     require(file_hash(getattr(s, source)) == sha256, f"--{source} {getattr(s, source)} is not the "
             "file that the run began with: give its new place")
@@ -817,34 +778,18 @@ def settings_of(parser, argv, flags, source, defaults_for):
 
 
 def defaults_for(given):
-    """What suits the data set, the student, the teacher and the machine."""
+    """What suits the data set and the teacher."""
     name, teacher = given.get("data", "shapes"), given.get("teacher")
     require(teacher or name == "shapes", "--teacher is missing: FILE (weights of a ViT), none "
             "(plain MAE) or self (pre-train one first)")
     about = given.keys() & {"layers", "match", "alpha", "decoupled"}
-    require(teacher != "none" or not about, f"{about} of a teacher: not with --teacher none")
+    require(teacher != "none" or not about, f"{', '.join(about)}: not with --teacher none")
     row = SETS.get(name, SETS["folder"]) | RECIPES.get(name, RECIPES["folder"])
-    decoder = PRESETS[given.get("student", row["student"])][1]
-    row |= dict(zip(("decoder_width", "decoder_depth", "decoder_heads"), decoder), teacher="self")
     if name == "shapes" and teacher not in (None, "none", "self") and load_vit(teacher).width > 511:
         row |= dict(train_images=4000, epochs=4)            # it costs far more than the student
     epochs, warmup = given.get("epochs", row["epochs"]), given.get("warmup_epochs", 0)
     require(warmup <= epochs, f"--warmup-epochs {warmup}: there are only {epochs} epochs")
-    return row | dict(warmup_epochs=epochs / 10) | machine_defaults(given)
-
-
-def machine_defaults(given):
-    """Device, precision and compilation, by what the machine has."""
-    device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.Generator(device).device.type                                # meta has none
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {device} cannot be used here: take cpu, or cuda where there "
-                         "is one") from error
-    require(given.get("amp") != "fp16" or kind == "cuda", "--amp fp16 needs a CUDA device")
-    bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    amp = "bf16" if bf16 else "fp16" if kind == "cuda" else "off"
-    return dict(device=device, amp=amp, compile=kind == "cuda")
+    return row | dict(teacher="self", warmup_epochs=epochs / 10)
 
 
 def new_vit(preset, s):
@@ -855,8 +800,10 @@ def new_model(s, teacher):
     """An untrained MAE, or DMAE if there is a teacher; its weights depend on the seed alone."""
     torch.manual_seed(s.seed)
     encoder = new_vit(s.student, s)
-    student = MAE(encoder, s.decoder_width, s.decoder_depth, s.decoder_heads, s.mask_ratio,
-                  s.norm_pix, max(1, 2 * encoder.depth // 3) if s.decoupled else None)
+    decoder = [preset if given is None else given for preset, given in zip(
+        PRESETS[s.student][1], (s.decoder_width, s.decoder_depth, s.decoder_heads))]
+    student = MAE(encoder, *decoder, s.mask_ratio, s.norm_pix,
+                  decode_after=max(1, 2 * encoder.depth // 3) if s.decoupled else None)
     require(re.fullmatch(r"(\d+:\d+(,(?=\d)|$))*", s.layers or ""), f"--layers {s.layers}: write "
             "pairs STUDENT:TEACHER, as in 2:4,4:6")
     layers = [(int(i), int(j)) for i, j in re.findall(r"(\d+):(\d+)", s.layers or "")]
@@ -872,12 +819,21 @@ class Run:
     def __init__(self, s, source):
         self.s, self.source, self.log, self.parts = s, source, [], {}
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(s.device)
-        if self.world > 1 and self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
+        s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.device = torch.Generator(s.device).device                        # meta has none
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise InputError(f"--device {s.device} cannot be used here: take cpu, or cuda where "
+                             "there is one") from error
+        cuda = self.device.type == "cuda"
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        s.amp = s.amp or ("bf16" if bf16 else "fp16" if cuda else "off")
+        s.compile = cuda if s.compile is None else s.compile
+        require(cuda or s.amp != "fp16", "--amp fp16 needs a CUDA device: take bf16 or off")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()                               # nccl for cuda, gloo for cpu
         self.say = print if self.rank == 0 else lambda *text: None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s.amp == "fp16")
         dtype = torch.float16 if s.amp == "fp16" else torch.bfloat16
@@ -907,23 +863,22 @@ class Run:
     def open_folder(self, *sources):
         """Make --out, or the next number under runs/, and write config.json: all settings and a
         hash of the file the run starts from. With --resume it is there already."""
-        s, folder = self.s, [self.s.out]
-        if self.rank == 0 and not s.resume:
-            numbers = (f"runs/{n:04d}" for n in range(1, 10**6))
-            out = Path(s.out or next(name for name in numbers if not Path(name).exists()))
-            for root in [Path(x.root).resolve() for x in sources if x and s.data not in SETS]:
-                require(root not in (out.resolve(), *out.resolve().parents), f"--out {out} is "
-                        f"inside the data, {root}: name a folder elsewhere")
-            require(not (out / "config.json").exists(), f"--out {out} holds a run: go on with it "
-                    f"by --resume {out}, or name another folder")
-            out.mkdir(parents=True, exist_ok=True)
-            folder = [str(out)]
-            content = dict(settings=vars(s) | dict(out=folder[0]), torch=torch.__version__)
-            content[f"{self.source}_sha256"] = file_hash(getattr(s, self.source))
-            write(out / "config.json", lambda path: path.write_text(json.dumps(content, indent=1)))
-        if self.world > 1:
-            dist.broadcast_object_list(folder, src=0)
-        s.out, self.out = folder[0], Path(folder[0])
+        s = self.s
+        require(s.out or self.world == 1, "several processes need the name of a folder: --out DIR")
+        numbers = (f"runs/{n:04d}" for n in range(1, 10**6))
+        s.out = s.out or next(name for name in numbers if not Path(name).exists())
+        self.out = Path(s.out)
+        if self.rank or s.resume:
+            return
+        roots = {Path(x.root).resolve() for x in sources if x and s.data not in SETS}
+        require(roots.isdisjoint([self.out.resolve(), *self.out.resolve().parents]), f"--out "
+                f"{s.out} is inside the data, {s.data}: name a folder elsewhere")
+        require(not (self.out / "config.json").exists(), f"--out {s.out} holds a run: go on with "
+                f"it by --resume {s.out}, or name another folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        content = {"settings": vars(s), "torch": torch.__version__,
+                   f"{self.source}_sha256": file_hash(getattr(s, self.source))}
+        write(self.out / "config.json", lambda path: path.write_text(json.dumps(content, indent=1)))
 
     def record(self, line):
         """Append a line to log.jsonl, and print it."""
@@ -957,50 +912,40 @@ class Run:
         return self.log[-1]["epoch"]
 
     def replicate(self, model):
-        """What to call in training: the model, compiled in place if asked, averaging its gradients
-        over the processes if there are several."""
+        """What to call in training: compiled in place if asked, averaging over processes."""
         if self.s.compile:
             model.compile()
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return model if self.world == 1 else DistributedDataParallel(model, device_ids=ids)
+        return model if self.world == 1 else DistributedDataParallel(model)
 
 
 class Meter:
     """An epoch's progress bar, mean losses and images a second; stops the run at inf and nan."""
 
-    def __init__(self, run, epoch, steps, optimizer):
-        self.run, self.epoch, self.steps, self.optimizer = run, epoch, steps, optimizer
-        self.sums, self.waited = {}, 0.0
-
-    def watch(self, batches):
-        """(i, batch) for each of `batches`, timing how long they are waited for."""
-        bar = tqdm(batches, f"epoch {self.epoch + 1}/{self.run.s.epochs}", self.steps, unit="step",
-                   leave=False, disable=self.run.rank > 0 or None)
-        self.began = asked = time.perf_counter()
-        for i, batch in enumerate(bar):
-            self.waited += time.perf_counter() - asked
-            yield i, batch
-            asked = time.perf_counter()
+    def __init__(self, run, epoch, steps):
+        self.run, self.epoch, self.steps, self.sums = run, epoch, steps, {}
+        self.began = time.perf_counter()
+        self.bar = tqdm(total=steps, desc=f"epoch {epoch + 1}/{run.s.epochs}", unit="step",
+                        leave=False, disable=run.rank > 0 or None)
 
     def add(self, losses):
-        """Count a step's losses, which stay on the device."""
+        """Count a step's losses, {name: tensor}, which stay on the device."""
+        self.bar.update()
         self.sums = {name: self.sums.get(name, 0) + loss for name, loss in losses.items()}
 
-    def line(self):
+    def line(self, optimizer):
         """The epoch's line of the log. The device is read here, and not between steps."""
         means = torch.stack(list(self.sums.values())) / self.steps / self.run.world
         if self.run.world > 1:
             dist.all_reduce(means)
-        groups, seconds = self.optimizer.param_groups, time.perf_counter() - self.began
-        numbers = [means, *(p for group in groups for p in group["params"])]
-        lr = max(group["lr"] for group in groups)
-        require(all(x.isfinite().all() for x in numbers), f"losses {means.tolist()} or weights are "
-                f"not finite in epoch {self.epoch + 1}, at learning rate {lr:.3g}: lower --blr or "
-                "try --amp off")
-        return dict(epoch=self.epoch + 1, step=(self.epoch + 1) * self.steps,
-                    **dict(zip(self.sums, means.tolist())), lr=lr,
-                    images_per_second=self.run.s.batch_size * self.steps / seconds,
-                    data_wait=self.waited / seconds)
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        require(all(x.isfinite().all() for x in (means, *weights)), f"losses or weights of epoch "
+                f"{self.epoch + 1} are not finite, at learning rate {lr:.3g}: lower --blr or try "
+                "--amp off")
+        self.bar.close()
+        rate = self.run.s.batch_size * self.steps / (time.perf_counter() - self.began)
+        return dict(epoch=self.epoch + 1, step=(self.epoch + 1) * self.steps, lr=lr,
+                    images_per_second=rate, **dict(zip(self.sums, means.tolist())))
 
 
 # --------------------------------------------------------------------------- k-NN, files, pictures
@@ -1105,19 +1050,15 @@ def attention_rows(views):
     return rows
 
 
-def finish(run, model, student, source):
-    """student.pth, reconstruction.png, attention.png (the student's rows above the teacher's)."""
-    if run.rank:
-        return
-    save_student(run.out / "student.pth", model)
-    images, _ = next(source.plain(torch.linspace(0, len(source) - 1, 8).long()))
+def draw_pictures(out, model, student, images):
+    """reconstruction.png, and attention.png with the student's row of heads above the teacher's."""
     panels = [as_rgb(student.encoder, panel) for panel in reconstructions(student, images)]
+    save_grid(torch.stack(panels, dim=1).flatten(0, 1), out / "reconstruction.png", columns=4)
     views = [(student.encoder, images[:4])]
     if model is not student:
         views.append((model.teacher, images_for(model.teacher, student.encoder, images[:4])))
     rows = attention_rows(views)
-    save_grid(torch.stack(panels, dim=1).flatten(0, 1), run.out / "reconstruction.png", 4)
-    save_grid(rows.flatten(0, 2), run.out / "attention.png", rows.shape[2])
+    save_grid(rows.flatten(0, 2), out / "attention.png", columns=rows.shape[2])
 
 
 def as_rgb(vit, images):

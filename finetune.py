@@ -14,6 +14,7 @@ classifier, layer-wise learning rates, and the recipes.
 
 import argparse
 import json
+import re
 import time
 from functools import partial
 
@@ -25,9 +26,25 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data import PHOTOS, SETS, InputError, require, seed_of, seeded, write
 from dmae import (
-    MACHINE_FLAGS, PRESETS, Meter, Parser, Run, ViT, epoch_order, features_of, learning_rate,
-    load_vit, machine_defaults, named_tensors, nearest_neighbours, new_vit, one_line_errors,
-    pooled_features, read_weights, resize_grid, settings_of, split_heads, train_step)
+    MACHINE_FLAGS,
+    PRESETS,
+    Meter,
+    Run,
+    ViT,
+    command_line,
+    epoch_order,
+    features_of,
+    learning_rate,
+    load_vit,
+    nearest_neighbours,
+    new_vit,
+    pooled_features,
+    read_weights,
+    resize_grid,
+    settings_of,
+    split_heads,
+    train_step,
+)
 from dmae import RECIPES as PRETRAINING
 
 # The paper's two recipes; every value has a flag. The learning rate is blr * batch / 256;
@@ -138,18 +155,17 @@ def new_classifier(vit, classes, s):
 def load_classifier(path):
     """A fine-tuned model from a file: ours, or any that `load_vit` reads and that has fc_norm and
     head. `classes` of the result: their names, or None. Raises InputError for other files."""
-    vit, content = load_vit(path), read_weights(split_heads(path)[0])
-    names = {name: tensor for name, _, tensor in named_tensors(content)[1]}
-    head = {name: names[name] for name in names if name.startswith(("fc_norm.", "head."))}
-    require("norm.weight" not in names and len(head) == 4, f"{path} holds no classifier on the mean "
-            "of its patches (fc_norm and head): give the model.pth of a fine-tuning run")
+    vit, config = load_vit(path), read_weights(split_heads(path)[0]).get("config")
+    head = {n: vit.others[n] for n in ("head.weight", "head.bias") if n in vit.others}
+    require(len(head) == 2, f"{path} holds no classifier on the mean of its patches (fc_norm and "
+            "head): give the model.pth of a fine-tuning run")
     model = Classifier(len(head["head.bias"]), **vit.config)
+    encoder = {re.sub("^norm.", "fc_norm.", name): p for name, p in vit.state_dict().items()}
     try:
-        model.load_state_dict({n: t for n, t in vit.state_dict().items()
-                               if not n.startswith("norm.")} | head)
+        model.load_state_dict(encoder | head)
     except RuntimeError as error:
         raise InputError(f"{path}: its head does not fit an encoder {vit.width} wide") from error
-    model.classes = content["config"].get("classes") if "config" in content else None
+    model.classes = config.get("classes") if isinstance(config, dict) else None
     return model
 
 
@@ -209,17 +225,17 @@ def stratified(labels, fraction, seed):
 FLAGS = {
     "init": (None, "FILE", "weights of a ViT, x.pth or x.pth:3 to give its heads; none: chance"),
     "eval": (None, "FILE", "only evaluate a fine-tuned model.pth"),
-    "data": ("shapes", "DIR|NAME", f"train/CLASS/ and val/CLASS/ in a folder, or {', '.join(SETS)}"),
+    "data": ("shapes", "DIR|NAME", f"folder of train/CLASS/ and val/CLASS/, or {', '.join(SETS)}"),
     "mode": ("finetune", ("finetune", "linear", "knn"), "train everything; or a linear layer on "
              "features computed once; or compare features by k nearest neighbours"),
-    "model": (None, tuple(PRESETS), "size of a model from scratch [of the data set, as in dmae.py]"),
-    "image_size": (None, (int, 1, 4096), "side of the images; positions are resized [the encoder's]"),
+    "model": (None, tuple(PRESETS), "size of a model from scratch [as in dmae.py]"),
+    "image_size": (None, (int, 1, 4096), "side of the images [the encoder's]"),
     "patch_size": (None, (int, 1, 4096), "of a model from scratch [as in dmae.py]"),
-    "label_fraction": (1.0, (float, 1e-9, 1), "train on this share of each class, drawn by the seed"),
+    "label_fraction": (1.0, (float, 1e-9, 1), "train on this share of each class, by the seed"),
     "keep_blocks": (None, (int, 0, 1000), "keep the first K pre-trained blocks, begin the others "
                     "anew; 0 keeps the embedding: are lower or higher layers of use? [all]"),
     "freeze_blocks": (None, (int, 0, 1000), "do not train the embedding and the first K blocks"),
-    "block": (None, (int, 0, 1000), "features of linear and knn are taken after block K [the last]"),
+    "block": (None, (int, 0, 1000), "linear and knn take the tokens after block K [the last]"),
     "pool": ("mean", ("mean", "cls"), "of patch tokens, or the class token"),
     "bank": (None, (int, 1, 10**9), "training images that k-NN looks among [all]"),
     "recipe": (None, ("imagenet", "transfer", "small"), "row of RECIPES [by data set]"),
@@ -253,10 +269,8 @@ MODE_FLAGS = {
 
 def main(argv=None):
     """The command line; returns the result, a dictionary. Bad input: a line, exit status 2."""
-    parser = Parser("finetune.py", "Fine-tune, probe or evaluate a pre-trained encoder. [recipe]: "
-                    "see RECIPES.", FLAGS)
-    with one_line_errors(parser):
-        s = settings_of(parser, argv, FLAGS, "init", defaults_for)
+    with command_line("finetune.py", FLAGS, argv) as given:
+        s = settings_of(given, FLAGS, "init", defaults_for)
         return evaluate_file(s) if s.eval else finetune(s) if s.mode == "finetune" else probe(s)
 
 
@@ -276,7 +290,7 @@ def defaults_for(given):
     if mode != "finetune" or given.get("recipe", recipe) != recipe:
         recipe, changes = given.get("recipe", mode), {}
     values = RECIPES[recipe] | changes | dict(recipe=recipe)
-    if scratch:                                # layer decay has nothing learnt that it could protect
+    if scratch:                       # there is nothing learnt that layer decay could protect
         images, row = SETS.get(name, SETS["folder"]), PRETRAINING.get(name, PRETRAINING["folder"])
         values |= dict(layer_decay=1.0, model=row["student"], patch_size=images["patch_size"],
                        image_size=images["image_size"])
@@ -284,7 +298,7 @@ def defaults_for(given):
     require(warmup <= epochs, f"--warmup-epochs {warmup}: there are only {epochs} epochs")
     if "epochs" in values:                     # the warm-up keeps its share
         values["warmup_epochs"] *= epochs / values["epochs"]
-    return values | machine_defaults(given)
+    return values
 
 
 def open_encoder(s):
@@ -346,11 +360,10 @@ def evaluate_file(s):
     """--eval: test a fine-tuned model, print and return the result. Nothing is written."""
     run, model = Run(s, None), load_classifier(s.eval)
     train, test = open_labelled(run, model)
-    fits = model.head.out_features == len(train.classes) and (
-        model.classes in (None, list(train.classes)))
-    require(fits, f"{s.eval} tells apart {', '.join(model.classes or [])[:60] or model.head.out_features} "
-            f"and so on, not the {len(train.classes)} classes of {s.data}: give the data set that it "
-            "was fine-tuned on")
+    require(model.head.out_features == len(train.classes) and model.classes in (
+        None, list(train.classes)), f"{s.eval} tells {model.head.out_features} classes apart, "
+        f"{', '.join((model.classes or [])[:3])} ..., which are not those of {s.data}: give the "
+        "data set that it was fine-tuned on")
     result = dict(eval=s.eval, data=s.data, test_images=len(test))
     result |= evaluate(model.to(run.device), test, run)
     run.say(json.dumps(result))
@@ -359,8 +372,8 @@ def evaluate_file(s):
 
 def report(run, train, line):
     """Print and return the result: the settings that tell runs apart, and the last line."""
-    keys = ("mode", "data", "init", "seed", "label_fraction", "recipe", "epochs", "batch_size", "blr",
-            "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank", "out")
+    keys = ("mode", "data", "init", "seed", "label_fraction", "recipe", "epochs", "batch_size",
+            "blr", "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank", "out")
     result = {key: getattr(run.s, key) for key in keys if getattr(run.s, key) is not None}
     result |= dict(train_images=len(train)) | {
         key: line[key] for key in ("top1", "top5", "minutes", "broken_images") if key in line}
@@ -416,9 +429,9 @@ def finetune(s):
     replica = run.replicate(Supervised(model, s.smoothing))
     for epoch in range(done, s.epochs):
         model.train()
-        meter = Meter(run, epoch, steps, optimizer)
+        meter = Meter(run, epoch, steps)
         order = epoch_order(len(train), s, epoch)[:, share]
-        for i, (images, labels) in meter.watch(train.batches(order, epoch)):
+        for i, (images, labels) in enumerate(train.batches(order, epoch)):
             # As in dmae.py, the random numbers of a step do not depend on who computes what, but
             # for the partners in MixUp and CutMix.
             step = epoch * steps + i
@@ -430,7 +443,7 @@ def finetune(s):
             lr = learning_rate(step, total, warmup, peak, s.end_lr)
             meter.add(train_step(replica, optimizer, run.scaler, lr, pieces, local, run.autocast,
                                  s.clip))
-        line = meter.line()
+        line = meter.line(optimizer)
         if (epoch + 1) % s.eval_every == 0 or epoch + 1 == s.epochs:
             line |= evaluate(model, test, run)
             best = line["best_top1"] = max(best, line["top1"])
@@ -449,7 +462,7 @@ def probe(s):
     """--mode knn and linear, on features computed once, without crops or flips."""
     began = time.perf_counter()
     run, vit, train, test = begin(s)
-    require(run.world == 1, f"--mode {s.mode} is the work of one process: start it without torchrun")
+    require(run.world == 1, f"--mode {s.mode} takes one process: start it without torchrun")
     features = partial(pooled_features, vit.to(run.device), block=s.block, pool=s.pool)
     if s.mode == "knn":
         line = nearest_neighbours(run, train, test, s.bank, None, top1=features)
