@@ -24,28 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
+import dmae
 from data import PHOTOS, SETS, InputError, require, seed_of, seeded, write
-from dmae import (
-    MACHINE_FLAGS,
-    PRESETS,
-    Meter,
-    Run,
-    ViT,
-    command_line,
-    epoch_order,
-    features_of,
-    learning_rate,
-    load_vit,
-    nearest_neighbours,
-    new_vit,
-    pooled_features,
-    read_weights,
-    resize_grid,
-    settings_of,
-    split_heads,
-    train_step,
-)
-from dmae import RECIPES as PRETRAINING
 
 # The paper's two recipes; every value has a flag. The learning rate is blr * batch / 256;
 # RandAugment's scale is 0 to 10; it, clip, mixup, cutmix, erasing and smoothing are off at 0.
@@ -73,7 +53,7 @@ RECIPE_OF = {name: ("transfer", {}) for name in PHOTOS} | {
 # ======================================================================================= classifier
 
 
-class Classifier(ViT):
+class Classifier(dmae.ViT):
     """Mean of the last block's patch tokens -> fc_norm -> head. The class token is not read, the
     encoder's final norm dropped, the position table trained (paper, appendix).
 
@@ -155,7 +135,7 @@ def new_classifier(vit, classes, s):
 def load_classifier(path):
     """A fine-tuned model from a file: ours, or any that `load_vit` reads and that has fc_norm and
     head. `classes` of the result: their names, or None. Raises InputError for other files."""
-    vit, config = load_vit(path), read_weights(split_heads(path)[0]).get("config")
+    vit, config = dmae.load_vit(path), dmae.read_weights(dmae.split_heads(path)[0]).get("config")
     head = {n: vit.others[n] for n in ("head.weight", "head.bias") if n in vit.others}
     require(len(head) == 2, f"{path} holds no classifier on the mean of its patches (fc_norm and "
             "head): give the model.pth of a fine-tuning run")
@@ -228,7 +208,7 @@ FLAGS = {
     "data": ("shapes", "DIR|NAME", f"folder of train/CLASS/ and val/CLASS/, or {', '.join(SETS)}"),
     "mode": ("finetune", ("finetune", "linear", "knn"), "train everything; or a linear layer on "
              "features computed once; or compare features by k nearest neighbours"),
-    "model": (None, tuple(PRESETS), "size of a model from scratch [as in dmae.py]"),
+    "model": (None, tuple(dmae.PRESETS), "size of a model from scratch [as in dmae.py]"),
     "image_size": (None, (int, 1, 4096), "side of the images [the encoder's]"),
     "patch_size": (None, (int, 1, 4096), "of a model from scratch [as in dmae.py]"),
     "label_fraction": (1.0, (float, 1e-9, 1), "train on this share of each class, by the seed"),
@@ -256,7 +236,7 @@ FLAGS = {
     "erasing": (None, (float, 0, 1), "share of images with a part erased [recipe]"),
     "smoothing": (None, (float, 0, 0.99), "of the labels, 0.1 say [recipe]"),
     "eval_every": (1, (int, 1, 10**6), "test after each N-th epoch, and the last; saves time"),
-} | MACHINE_FLAGS
+} | dmae.MACHINE_FLAGS
 # Flags that mean something in some modes only.
 EVAL_FLAGS = {"eval", "data", "data_dir", "workers", "device", "amp"}
 MODE_FLAGS = {
@@ -269,8 +249,8 @@ MODE_FLAGS = {
 
 def main(argv=None):
     """The command line; returns the result, a dictionary. Bad input: a line, exit status 2."""
-    with command_line("finetune.py", FLAGS, argv) as given:
-        s = settings_of(given, FLAGS, "init", defaults_for)
+    with dmae.command_line("finetune.py", FLAGS, argv) as given:
+        s = dmae.settings_of(given, FLAGS, "init", defaults_for)
         return evaluate_file(s) if s.eval else finetune(s) if s.mode == "finetune" else probe(s)
 
 
@@ -291,7 +271,7 @@ def defaults_for(given):
         recipe, changes = given.get("recipe", mode), {}
     values = RECIPES[recipe] | changes | dict(recipe=recipe)
     if scratch:                       # there is nothing learnt that layer decay could protect
-        images, row = SETS.get(name, SETS["folder"]), PRETRAINING.get(name, PRETRAINING["folder"])
+        images, row = SETS.get(name, SETS["folder"]), dmae.RECIPES.get(name, dmae.RECIPES["folder"])
         values |= dict(layer_decay=1.0, model=row["student"], patch_size=images["patch_size"],
                        image_size=images["image_size"])
     epochs, warmup = given.get("epochs", values.get("epochs", 1)), given.get("warmup_epochs", 0)
@@ -306,15 +286,15 @@ def open_encoder(s):
     if s.init == "none":
         torch.manual_seed(s.seed)
         row = SETS.get(s.data, SETS["folder"])
-        vit = new_vit(s.model, argparse.Namespace(**row | dict(
+        vit = dmae.new_vit(s.model, argparse.Namespace(**row | dict(
             image_size=s.image_size, patch_size=s.patch_size)))
         vit.description = f"{s.model}, {vit.width} wide, {vit.depth} blocks, untrained"
     else:
-        vit = load_vit(s.init)
+        vit = dmae.load_vit(s.init)
         patch = vit.config["patch_size"]
         require((s.image_size or 0) % patch == 0, f"--image-size {s.image_size} is not a multiple "
                 f"of the encoder's patch size {patch}")
-        resize_grid(vit, [s.image_size // patch] * 2 if s.image_size else vit.grid)
+        dmae.resize_grid(vit, [s.image_size // patch] * 2 if s.image_size else vit.grid)
     for name in ("keep_blocks", "freeze_blocks", "block"):
         require((getattr(s, name) or 0) <= vit.depth, f"--{name.replace('_', '-')} "
                 f"{getattr(s, name)}: the encoder has blocks 1 to {vit.depth}, 0 is its embedding")
@@ -358,7 +338,7 @@ def evaluate(classifier, test, run):
 
 def evaluate_file(s):
     """--eval: test a fine-tuned model, print and return the result. Nothing is written."""
-    run, model = Run(s, None), load_classifier(s.eval)
+    run, model = dmae.Run(s, None), load_classifier(s.eval)
     train, test = open_labelled(run, model)
     require(model.head.out_features == len(train.classes) and model.classes in (
         None, list(train.classes)), f"{s.eval} tells {model.head.out_features} classes apart, "
@@ -383,7 +363,7 @@ def report(run, train, line):
 
 def begin(s):
     """(run, encoder, training and test source): all that can be wrong comes to light in here."""
-    run, vit = Run(s, "init"), open_encoder(s)
+    run, vit = dmae.Run(s, "init"), open_encoder(s)
     train, test = open_labelled(run, vit)
     next(test.plain(torch.arange(min(8, len(test)))))            # unreadable: now, not in an hour
     size = f"{len(train):,} images to train on, {len(test):,} to test on"
@@ -429,8 +409,8 @@ def finetune(s):
     replica = run.replicate(Supervised(model, s.smoothing))
     for epoch in range(done, s.epochs):
         model.train()
-        meter = Meter(run, epoch, steps)
-        order = epoch_order(len(train), s, epoch)[:, share]
+        meter = dmae.Meter(run, epoch, steps)
+        order = dmae.epoch_order(len(train), s, epoch)[:, share]
         for i, (images, labels) in enumerate(train.batches(order, epoch)):
             # As in dmae.py, the random numbers of a step do not depend on who computes what, but
             # for the partners in MixUp and CutMix.
@@ -440,9 +420,9 @@ def finetune(s):
             images = train.augment(images, *(draw[share] for draw in draws))
             images, targets = mix(images, labels, step, first=share.start)
             pieces = zip(*(x.split(s.micro_batch or local) for x in (images, targets)))
-            lr = learning_rate(step, total, warmup, peak, s.end_lr)
-            meter.add(train_step(replica, optimizer, run.scaler, lr, pieces, local, run.autocast,
-                                 s.clip))
+            lr = dmae.learning_rate(step, total, warmup, peak, s.end_lr)
+            meter.add(dmae.train_step(replica, optimizer, run.scaler, lr, pieces, local,
+                                      run.autocast, s.clip))
         line = meter.line(optimizer)
         if (epoch + 1) % s.eval_every == 0 or epoch + 1 == s.epochs:
             line |= evaluate(model, test, run)
@@ -463,11 +443,11 @@ def probe(s):
     began = time.perf_counter()
     run, vit, train, test = begin(s)
     require(run.world == 1, f"--mode {s.mode} takes one process: start it without torchrun")
-    features = partial(pooled_features, vit.to(run.device), block=s.block, pool=s.pool)
+    features = partial(dmae.pooled_features, vit.to(run.device), block=s.block, pool=s.pool)
     if s.mode == "knn":
-        line = nearest_neighbours(run, train, test, s.bank, None, top1=features)
+        line = dmae.nearest_neighbours(run, train, test, s.bank, None, top1=features)
     else:
-        line = linear_probe(s, *(features_of(run, source, torch.arange(len(source)), features)
+        line = linear_probe(s, *(dmae.features_of(run, source, torch.arange(len(source)), features)
                                  for source in (train, test)))
     run.record(line | dict(minutes=(time.perf_counter() - began) / 60))
     return report(run, train, run.log[-1])
@@ -485,10 +465,10 @@ def linear_probe(s, train, test):
                                 weight_decay=s.weight_decay)
     steps, peak = len(x) // s.batch_size, s.blr * s.batch_size / 256
     for epoch in range(s.epochs):
-        for i, ids in enumerate(epoch_order(len(x), s, epoch)):
+        for i, ids in enumerate(dmae.epoch_order(len(x), s, epoch)):
             step = epoch * steps + i
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
+                group["lr"] = dmae.learning_rate(
                     step, s.epochs * steps, round(s.warmup_epochs * steps), peak)
             optimizer.zero_grad()
             F.cross_entropy(model(x[ids]), y[ids]).backward()
