@@ -9,10 +9,12 @@ Shapes in comments: b batch, c channels, h and w pixels of an image, H and W of 
 
 import contextlib
 import functools
+import glob
 import io
 import json
 import math
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -28,20 +30,21 @@ from torchvision.transforms.v2 import functional as TF
 # torchvision means to drop it; Pillow reads all that it reads.
 decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COLUMNS = "channels", "mean", "std", "image_size", "patch_size", "crop_scale"
 SETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in {
     "shapes": (3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 32, 4, 0.5),
     "fashion-mnist": (1, (0.286,), (0.353,), 32, 4, 0.5),
     "cifar10": (3, (0.491, 0.482, 0.447), (0.247, 0.243, 0.262), 32, 4, 0.2),
     "cifar100": (3, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), 32, 4, 0.2),
-    "folder": (3, IMAGENET_MEAN, IMAGENET_STD, 224, 16, 0.08),              # the paper's ImageNet
 }.items()}
+# A folder of photographs: ImageNet's mean and deviation, the paper's sizes.
+FOLDER = dict(zip(COLUMNS, (3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 16, 0.08),
+                  strict=True))
 # The paper's transfer sets and its splits: images to train on, images to test on.
 PHOTOS = {"flowers": (2_040, 6_149), "pets": (3_680, 3_669), "aircraft": (6_667, 3_333),
           "cars": (8_144, 8_041), "inat18": (437_513, 24_426)}
-SETS |= {name: SETS["folder"] for name in PHOTOS}
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SETS |= dict.fromkeys(PHOTOS, FOLDER)
+EXTENSIONS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"
 
 
 class InputError(ValueError):
@@ -52,24 +55,6 @@ def require(condition, message):
     """Raise InputError with this message unless the condition holds."""
     if not condition:
         raise InputError(message)
-
-
-def write(path, save):
-    """save(a temporary name), then rename: a file is there as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    except RuntimeError as error:                # torch.save, where the file system has refused
-        raise OSError(f"{path} cannot be written, is the disk full?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_grid(images, path, columns):
-    """Images (b, 3, H, W) in 0 to 1 as a PNG, in rows of `columns`."""
-    write(path, lambda temporary: torchvision.utils.save_image(
-        images, temporary, nrow=columns, pad_value=1, format="png"))
 
 
 class Source(Dataset):
@@ -85,7 +70,8 @@ class Source(Dataset):
 
     def __init__(self, items, labels, classes, row, size, device="cpu", workers=0, seed=0,
                  root=None):
-        self.items, self.labels, self.classes, self.root = items, labels, classes, root
+        self.items = items.to(device) if isinstance(items, torch.Tensor) else items
+        self.labels, self.classes, self.root = labels, classes, root
         self.size, self.crop_scale = list(size), row["crop_scale"]
         self.mean, self.std = (torch.tensor(row[key], device=device).view(-1, 1, 1) * 255
                                for key in ("mean", "std"))
@@ -116,61 +102,26 @@ class Source(Dataset):
 # -------------------------------------------------------------- small sets, augmented on the device
 
 
-def crop_boxes(count, height, width, min_scale, generator):
-    """Random resized crop's boxes: `count` rows (top, left, height, width) in pixels, int64.
+def random_crops(count, min_scale, generator):
+    """Random resized crops of square images, half of them mirrored, as F.affine_grid takes them:
+    (count, 2, 3), from places in the crop to places in the image, both (x, y) from -1 to 1.
 
-    Area uniform in (min_scale, 1) of the image, aspect ratio log-uniform in (3/4, 4/3); of ten
-    tries the first that fits, else the largest centred crop of an allowed ratio: what torchvision's
-    RandomResizedCrop does one image at a time. All on the generator's device."""
+    As torchvision's RandomResizedCrop: area uniform in (min_scale, 1), aspect ratio log-uniform in
+    (3/4, 4/3); of ten tries the first that fits, else the whole image."""
     where = dict(device=generator.device, generator=generator)
-    area = height * width * (min_scale + (1 - min_scale) * torch.rand(count, 10, **where))
+    area = min_scale + (1 - min_scale) * torch.rand(count, 10, **where)
     ratio = torch.exp(math.log(4 / 3) * (2 * torch.rand(count, 10, **where) - 1))
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    found = fits.any(dim=1)
-    h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width * 4 / 3)))
-    w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3)))
-    room = torch.stack([height - h, width - w])
-    place = torch.where(found, torch.rand(2, count, **where) * (room + 1), room / 2).floor()
-    return torch.stack([*place, h, w], dim=1).long()
-
-
-def resize_matrix(start, length, target, pixels, bicubic):
-    """(b, target, pixels) weights that resize the pixels start .. start + length to `target` ones.
-
-    start, length: (b,) pixels. bicubic: (b,) bool, else bilinear. Antialiased, and blind to what
-    lies outside the box, as Pillow's resize of a cropped image is."""
-    scale = (length / target)[:, None, None]                             # b 1 1
-    out = torch.arange(target, device=start.device)[None, :, None]       # 1 target 1
-    pixel = torch.arange(pixels, device=start.device)[None, None]        # 1 1 pixels
-    first = start[:, None, None]
-    x = (pixel - first + 0.5 - (out + 0.5) * scale).abs() / scale.clamp(min=1)
-    linear = (1 - x).clamp(min=0)
-    cubic = torch.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1,              # Keys, a = -0.5
-                        (-0.5 * x**3 + 2.5 * x**2 - 4 * x + 2).where(x < 2, 0))
-    weights = torch.where(bicubic[:, None, None], cubic, linear)
-    weights = weights * ((pixel >= first) & (pixel < first + length[:, None, None]))
-    return weights / weights.sum(dim=2, keepdim=True)
-
-
-def resized_crop(images, boxes, bicubic, size):
-    """Crop each image by its own box, then resize: uint8 (b, c, h, w) -> float 0..255 (b, c, H, W).
-
-    Resizing is linear in each direction, so that a whole batch is two batched matrix products."""
-    top, left, height, width = boxes.T
-    rows = resize_matrix(top, height, size[0], images.shape[2], bicubic)
-    columns = resize_matrix(left, width, size[1], images.shape[3], bicubic)
-    out = rows[:, None] @ images.float() @ columns[:, None].transpose(-2, -1)
-    return out.clamp(0, 255)
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=2)      # width, height
+    fits = (sides <= 1).all(dim=2)
+    first = sides[torch.arange(count, device=sides.device), fits.int().argmax(dim=1)]
+    sides = torch.where(fits.any(dim=1, keepdim=True), first, 1)
+    middle = (1 - sides) * (2 * torch.rand(count, 2, **where) - 1)
+    sides[:, 0] *= torch.where(torch.rand(count, **where) < 0.5, -1, 1)
+    return torch.cat([torch.diag_embed(sides), middle[:, :, None]], dim=2)
 
 
 class SmallSet(Source):
-    """A set that fits on the device: items are uint8 images (N, c, h, w)."""
-
-    def __init__(self, images, *args, **options):
-        super().__init__(images, *args, **options)
-        self.items = images.to(self.device)
+    """A set that fits on the device: items are square images, uint8 (N, c, h, h)."""
 
     def batches(self, order, epoch):
         for indices in order:
@@ -178,14 +129,14 @@ class SmallSet(Source):
             yield self.items[indices], None if labels is None else labels.to(self.device)
 
     def draw(self, b, generator):
-        where = dict(device=generator.device, generator=generator)
-        boxes = crop_boxes(b, *self.items.shape[2:], self.crop_scale, generator)
-        flip, bicubic = torch.rand(b, **where) < 0.5, torch.rand(b, **where) < 0.5
-        return flip, bicubic, boxes, torch.randint(2**62, (b,), **where)
+        seeds = torch.randint(2**62, (b,), device=generator.device, generator=generator)
+        return random_crops(b, self.crop_scale, generator), seeds
 
-    def augment(self, images, flip, bicubic, boxes, seeds):
-        images = resized_crop(images, boxes, bicubic, self.size)
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    def augment(self, images, crops, seeds):
+        # Bilinear. The pixels beside a crop take part at its edge; torchvision repeats the edge.
+        # Not antialiased: crops are mostly enlarged. Shrunk to less than half, pixels are skipped.
+        grid = F.affine_grid(crops, [len(images), 1, *self.size], align_corners=False)
+        images = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
         if self.policy is not None:
             pairs = zip(images.round().byte(), seeds.tolist(), strict=True)
             images = torch.stack([self.policy(image, seed) for image, seed in pairs])
@@ -223,16 +174,13 @@ def read_image(path):
 def find_images(root):
     """(paths of the images below `root`, sorted; labels; names). If all lie in two subfolders or
     more, labels are (N,) int64 into the sorted names of these, otherwise None."""
-    paths = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths += [os.path.join(folder, name) for name in sorted(files)
-                  if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")]
-    folders = [Path(path).relative_to(root).parts[:-1] for path in paths]
-    paths = np.array(paths, dtype=str)
+    files = glob.glob("**/*.*", root_dir=root, recursive=True)             # leaves out hidden ones
+    files = sorted(file for file in files if Path(file).suffix.lower() in EXTENSIONS)
+    folders = [os.path.dirname(file).split(os.sep)[0] for file in files]
+    paths = np.array([os.path.join(root, file) for file in files], dtype=str)
     if not all(folders):
         return paths, None, []
-    names, labels = np.unique([folder[0] for folder in folders], return_inverse=True)
+    names, labels = np.unique(folders, return_inverse=True)
     return paths, torch.from_numpy(labels) if len(names) > 1 else None, names.tolist()
 
 
@@ -249,9 +197,8 @@ class Files(Source):
         for images, labels, broken in loader:
             new = sorted(broken.keys() - self.broken)
             self.broken.update(new)
-            if len(self.broken) > len(self) // 100:
-                raise InputError(f"{len(self.broken)} of {len(self)} images cannot be read, more "
-                                 f"than 1 %: repair or remove them, e.g. {min(self.broken)}")
+            require(len(self.broken) <= len(self) // 100, f"{len(self.broken)} of {len(self)} "
+                    f"images cannot be read: repair or remove them, {min(self.broken, default='')}")
             for path in new:
                 print(f"broken image, replaced by the next one: {broken[path]}", flush=True)
             yield (images.to(self.device, non_blocking=True),
@@ -303,13 +250,25 @@ class Files(Source):
 
 def seed_of(*numbers):
     """One 63-bit seed from several whole numbers; close numbers give unrelated seeds."""
-    seed = 0
-    for number in numbers:                      # a step of SplitMix64 for each number
-        seed = (seed + number + 0x9E3779B97F4A7C15) % 2**64
-        seed = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        seed = (seed ^ seed >> 27) * 0x94D049BB133111EB % 2**64
-        seed ^= seed >> 31
-    return seed >> 1
+    return random.Random(repr(numbers)).getrandbits(63)         # seeded by a SHA-512 of the text
+
+
+def write(path, save):
+    """save(a temporary name), then rename: a file is there as a whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except RuntimeError as error:                # torch.save, where the file system has refused
+        raise OSError(f"{path} cannot be written, is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_grid(images, path, columns):
+    """Images (b, 3, H, W) in 0 to 1 as a PNG, in rows of `columns`."""
+    write(path, lambda temporary: torchvision.utils.save_image(
+        images, temporary, nrow=columns, pad_value=1, format="png"))
 
 
 def seeded(seed, transform, *inputs):
@@ -344,15 +303,7 @@ def read_set(name, data_dir, train):
     splits = training if train else testing
     try:
         if name == "inat18":        # torchvision has its images, but not the competition's split
-            root = Path(data_dir) / "inat18"
-            part = json.loads((root / f"{splits[0]}2018.json").read_text(encoding="utf-8"))
-            kinds = sorted(part["categories"], key=lambda kind: kind["id"])
-            number = {kind["id"]: i for i, kind in enumerate(kinds)}
-            label = {note["image_id"]: number[note["category_id"]] for note in part["annotations"]}
-            paths = [root / image["file_name"] for image in part["images"]]
-            labels = [label[image["id"]] for image in part["images"]]
-            classes = [kind["name"] for kind in kinds]
-            return np.array(paths, dtype=str), torch.tensor(labels), classes
+            return read_inat18(Path(data_dir) / "inat18", *splits)
         first, *more = (kind(data_dir, split, download=name != "cars") for split in splits)
         if name == "fashion-mnist":                               # 28 x 28 grey, padded to 32 x 32
             return F.pad(first.data[:, None], (2, 2, 2, 2)), first.targets, first.classes
@@ -374,6 +325,16 @@ def read_set(name, data_dir, train):
                          f"put {files} into {data_dir} (--data-dir)") from error
 
 
+def read_inat18(root, split):
+    part = json.loads((root / f"{split}2018.json").read_text(encoding="utf-8"))
+    kinds = sorted(part["categories"], key=lambda kind: kind["id"])
+    number = {kind["id"]: i for i, kind in enumerate(kinds)}
+    label = {note["image_id"]: number[note["category_id"]] for note in part["annotations"]}
+    paths = [root / image["file_name"] for image in part["images"]]
+    labels = [label[image["id"]] for image in part["images"]]
+    return np.array(paths, dtype=str), torch.tensor(labels), [kind["name"] for kind in kinds]
+
+
 def open_data(name, row, size, data_dir="data", train_images=None, device="cpu", workers=0,
               seed=0):
     """The training source and the test source (None where there is none) of `--data name`.
@@ -382,30 +343,24 @@ def open_data(name, row, size, data_dir="data", train_images=None, device="cpu",
     Raises InputError, e.g. for missing files or a folder without images."""
     options = dict(row=row, size=size, device=device, workers=workers, seed=seed)
     root, test = Path(name), None
-    if name in SETS and name != "folder":
+    require(name in SETS or root.is_dir(), f"--data {name}: neither a folder nor one of "
+            f"{', '.join(SETS)}")
+    if name in SETS:
         kind = Files if name in PHOTOS else SmallSet
         train, test = (kind(*read_set(name, data_dir, train), **options, root=Path(data_dir))
                        for train in (True, False))
-    elif root.is_dir():
+    else:
         where = root / "train" if (root / "train").is_dir() else root
         train = Files(*find_images(where), **options, root=where)
-        if not len(train):
-            kinds = " ".join(sorted(EXTENSIONS))
-            raise InputError(f"--data {name}: no images below {where} (looked for {kinds})")
+        require(len(train), f"--data {name}: no images below {where}, {' '.join(EXTENSIONS)}")
         if where != root:
             test = Files(*find_images(root / "val"), **options, root=root / "val")
             if test.classes != train.classes:                     # its numbers mean something else
                 test.labels = None
-    else:
-        known = ", ".join(known for known in SETS if known != "folder")
-        raise InputError(f"--data {name}: neither a folder nor one of {known}")
     if train_images is not None:
-        if not 1 <= train_images <= len(train):
-            raise InputError(f"--train-images {train_images}: must be from 1 to {len(train)}")
-        # Folders are sorted by class: take images from everywhere, the same ones each time.
-        order = torch.arange(len(train))
-        if isinstance(train, Files):
-            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        require(1 <= train_images <= len(train), f"--train-images {train_images}: must be from 1 "
+                f"to {len(train)}")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         train.subset(order[:train_images].sort().values)
     return train, test if test is not None and len(test) else None
 
@@ -482,5 +437,5 @@ def draw_figures(labels, g):
 if __name__ == "__main__":
     sheet, kinds, _ = draw_shapes(200, seed=1)
     sheet = sheet[kinds.argsort(stable=True)] / 255
-    torchvision.utils.save_image(sheet, "shapes.png", nrow=20, padding=1)
+    save_grid(sheet, Path("shapes.png"), columns=20)
     print(f"shapes.png: a row each of {', '.join(FIGURES)}")

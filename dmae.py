@@ -36,7 +36,7 @@ from einops import einsum, rearrange
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import SETS, InputError, open_data, require, save_grid, seed_of, write
+from data import FOLDER, SETS, InputError, open_data, require, save_grid, seed_of, write
 
 # ============================================================================================== ViT
 
@@ -91,7 +91,7 @@ class ViT(nn.Module):
     are timm's. image_size: a side or (height, width). mean, std: how its images are normalised."""
 
     def __init__(self, image_size=224, patch_size=16, channels=3, width=192, depth=12, heads=12,
-                 mean=SETS["folder"]["mean"], std=SETS["folder"]["std"]):
+                 mean=FOLDER["mean"], std=FOLDER["std"]):
         super().__init__()
         sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
         require(patch_size > 0 and all(side > 0 and side % patch_size == 0 for side in sides),
@@ -616,7 +616,8 @@ def pretrain(s):
     model = new_model(s, teacher)
     train, test = run.open_data(vars(s), (s.image_size, s.image_size), s.train_images)
     steps, local, share = run.divide(len(train))
-    run.open_folder(train, test)                   # what can be wrong has come to light before this
+    plain, _ = next((test or train).plain(torch.linspace(0, len(test or train) - 1, 8).long()))
+    run.open_folder()                   # what can be wrong has come to light before this
     if s.teacher == "self":
         teacher = pretrain_teacher(s)
         model = new_model(s, teacher)
@@ -629,7 +630,6 @@ def pretrain(s):
                                   betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
     run.parts = dict(model=model, optimizer=optimizer, scaler=run.scaler)
     done = run.load_checkpoint(train)
-    plain, _ = next((test or train).plain(torch.linspace(0, len(test or train) - 1, 8).long()))
     nothing = student.target(plain)[0].square().mean()
     run.say(f"run {run.out}: {s.student} on {len(train):,} images of {s.data}, {student.kept} of "
             f"{student.patches} patches visible; {run.world} x {s.device}, amp {s.amp}\n"
@@ -784,7 +784,7 @@ def defaults_for(given):
             "(plain MAE) or self (pre-train one first)")
     about = given.keys() & {"layers", "match", "alpha", "decoupled"}
     require(teacher != "none" or not about, f"{', '.join(about)}: not with --teacher none")
-    row = SETS.get(name, SETS["folder"]) | RECIPES.get(name, RECIPES["folder"])
+    row = SETS.get(name, FOLDER) | RECIPES.get(name, RECIPES["folder"])
     if name == "shapes" and teacher not in (None, "none", "self") and load_vit(teacher).width > 511:
         row |= dict(train_images=4000, epochs=4)            # it costs far more than the student
     epochs, warmup = given.get("epochs", row["epochs"]), given.get("warmup_epochs", 0)
@@ -847,11 +847,11 @@ class Run:
         """Training and test source; the first process opens, and downloads, before the others."""
         if self.rank > 0:
             self.wait()
-        sources = open_data(self.s.data, row, size, self.s.data_dir, train_images, self.device,
-                            self.s.workers, self.s.seed)
+        self.sources = open_data(self.s.data, row, size, self.s.data_dir, train_images,
+                                 self.device, self.s.workers, self.s.seed)
         if self.rank == 0:
             self.wait()
-        return sources
+        return self.sources
 
     def divide(self, images):
         """(steps an epoch, images of a step that this process computes, which of a batch)."""
@@ -860,7 +860,7 @@ class Run:
         require(batch % self.world == 0, f"--batch-size {batch}: not for {self.world} processes")
         return images // batch, local, slice(self.rank * local, (self.rank + 1) * local)
 
-    def open_folder(self, *sources):
+    def open_folder(self):
         """Make --out, or the next number under runs/, and write config.json: all settings and a
         hash of the file the run starts from. With --resume it is there already."""
         s = self.s
@@ -870,7 +870,7 @@ class Run:
         self.out = Path(s.out)
         if self.rank or s.resume:
             return
-        roots = {Path(x.root).resolve() for x in sources if x and s.data not in SETS}
+        roots = {Path(x.root).resolve() for x in self.sources if x and s.data not in SETS}
         require(roots.isdisjoint([self.out.resolve(), *self.out.resolve().parents]), f"--out "
                 f"{s.out} is inside the data, {s.data}: name a folder elsewhere")
         require(not (self.out / "config.json").exists(), f"--out {s.out} holds a run: go on with "
@@ -881,8 +881,10 @@ class Run:
         write(self.out / "config.json", lambda path: path.write_text(json.dumps(content, indent=1)))
 
     def record(self, line):
-        """Append a line to log.jsonl, and print it."""
-        self.log.append(line)
+        """Append a line to log.jsonl, with the number of broken images if there are, and print
+        it."""
+        broken = sum(len(source.broken) for source in self.sources if source)
+        self.log.append(line | ({"broken_images": broken} if broken else {}))
         text = "".join(json.dumps(x) + "\n" for x in self.log)
         if self.rank == 0:
             write(self.out / "log.jsonl", lambda path: path.write_text(text))

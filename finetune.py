@@ -3,13 +3,11 @@
     python finetune.py --init runs/0001/student.pth                          # on drawn images
     python finetune.py --init runs/x/student.pth --data /path/to/imagenet    # the paper's
     python finetune.py --init none --data cifar100                           # from scratch
-    python finetune.py --init mae_tiny_400e.pth.tar --data pets              # anyone's weights
     python finetune.py --init runs/x/student.pth --data fashion-mnist --mode knn
     python finetune.py --eval runs/pets/model.pth --data pets
 
 The last line printed is the result, as JSON: top-1 and top-5 on the whole test set after the last
-epoch. Model, loading, schedule, training step and runs are those of dmae.py; new here are the
-classifier, layer-wise learning rates, and the recipes.
+epoch. New here are the classifier, layer-wise learning rates and recipes; the rest is dmae.py's.
 """
 
 import argparse
@@ -25,7 +23,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 import dmae
-from data import PHOTOS, SETS, InputError, require, seed_of, seeded, write
+from data import PHOTOS, SETS, require, seed_of, seeded, write
 
 # The paper's two recipes; every value has a flag. The learning rate is blr * batch / 256;
 # RandAugment's scale is 0 to 10; it, clip, mixup, cutmix, erasing and smoothing are off at 0.
@@ -55,9 +53,8 @@ RECIPE_OF = {name: ("transfer", {}) for name in PHOTOS} | {
 
 class Classifier(dmae.ViT):
     """Mean of the last block's patch tokens -> fc_norm -> head. The class token is not read, the
-    encoder's final norm dropped, the position table trained (paper, appendix).
-
-    Parameter names are those of timm's VisionTransformer with global_pool="avg"."""
+    encoder's final norm dropped, the position table trained (paper, appendix). Parameter names are
+    those of timm's VisionTransformer with global_pool="avg"."""
 
     def __init__(self, classes, **config):
         super().__init__(**config)
@@ -95,10 +92,8 @@ def layer_of(name, depth):
 
 
 def layer_groups(model, layer_decay, weight_decay):
-    """Parameter groups of layer-wise learning rates: the further from the head, the slower.
-
-    A group's learning rate is multiplied by its `scale`; biases, norms, class token and positions
-    are not decayed."""
+    """Parameter groups of layer-wise learning rates: the further from the head, the smaller the
+    `scale` of a group. Biases, norms, class token and positions are not decayed."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -112,13 +107,8 @@ def layer_groups(model, layer_decay, weight_decay):
 
 
 def new_classifier(vit, classes, s):
-    """A classifier, its weights taken from the first of these that has them:
-
-        1. with --resume, the checkpoint of the run itself (`finetune` loads it)
-        2. --init FILE: class token, positions, patch embedding and blocks, or with --keep-blocks K
-           the first K blocks
-        3. chance, by the seed alone; with --init none, everything
-
+    """A classifier. Class token, positions, patch embedding and blocks (with --keep-blocks K, the
+    first K) are those of `vit`; the rest, and with --init none everything, is drawn by the seed.
     --freeze-blocks K keeps the first K blocks, and what lies before them, as they are."""
     torch.manual_seed(s.seed)
     model = Classifier(classes, **vit.config)
@@ -137,14 +127,12 @@ def load_classifier(path):
     head. `classes` of the result: their names, or None. Raises InputError for other files."""
     vit, config = dmae.load_vit(path), dmae.read_weights(dmae.split_heads(path)[0]).get("config")
     head = {n: vit.others[n] for n in ("head.weight", "head.bias") if n in vit.others}
-    require(len(head) == 2, f"{path} holds no classifier on the mean of its patches (fc_norm and "
-            "head): give the model.pth of a fine-tuning run")
-    model = Classifier(len(head["head.bias"]), **vit.config)
+    require(len(head) == 2 and head["head.weight"].shape[1:] == (vit.width,), f"{path} holds no "
+            "classifier on the mean of its patches (fc_norm and head): give the model.pth of a "
+            "fine-tuning run")
+    model = Classifier(len(head["head.weight"]), **vit.config)
     encoder = {re.sub("^norm.", "fc_norm.", name): p for name, p in vit.state_dict().items()}
-    try:
-        model.load_state_dict(encoder | head)
-    except RuntimeError as error:
-        raise InputError(f"{path}: its head does not fit an encoder {vit.width} wide") from error
+    model.load_state_dict(encoder | head)
     model.classes = config.get("classes") if isinstance(config, dict) else None
     return model
 
@@ -192,11 +180,8 @@ def batch_augmentation(s, classes):
 def stratified(labels, fraction, seed):
     """Indices of a `fraction` of each class, at least one image of each, sorted."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(seed, 6)))
-    shuffled, keep = labels[order], []
-    for label in labels.unique():
-        mine = order[shuffled == label]
-        keep.append(mine[:max(1, round(fraction * len(mine)))])
-    return torch.cat(keep).sort().values
+    classes = [order[labels[order] == label] for label in labels.unique()]
+    return torch.cat([x[:max(1, round(fraction * len(x)))] for x in classes]).sort().values
 
 
 # ===================================================================================== command line
@@ -206,14 +191,12 @@ FLAGS = {
     "init": (None, "FILE", "weights of a ViT, x.pth or x.pth:3 to give its heads; none: chance"),
     "eval": (None, "FILE", "only evaluate a fine-tuned model.pth"),
     "data": ("shapes", "DIR|NAME", f"folder of train/CLASS/ and val/CLASS/, or {', '.join(SETS)}"),
-    "mode": ("finetune", ("finetune", "linear", "knn"), "train everything; or a linear layer on "
-             "features computed once; or compare features by k nearest neighbours"),
+    "mode": ("finetune", ("finetune", "linear", "knn"), "what is trained: all, a layer, nothing"),
     "model": (None, tuple(dmae.PRESETS), "size of a model from scratch [as in dmae.py]"),
     "image_size": (None, (int, 1, 4096), "side of the images [the encoder's]"),
     "patch_size": (None, (int, 1, 4096), "of a model from scratch [as in dmae.py]"),
     "label_fraction": (1.0, (float, 1e-9, 1), "train on this share of each class, by the seed"),
-    "keep_blocks": (None, (int, 0, 1000), "keep the first K pre-trained blocks, begin the others "
-                    "anew; 0 keeps the embedding: are lower or higher layers of use? [all]"),
+    "keep_blocks": (None, (int, 0, 1000), "blocks that are not begun anew, from below [all]"),
     "freeze_blocks": (None, (int, 0, 1000), "do not train the embedding and the first K blocks"),
     "block": (None, (int, 0, 1000), "linear and knn take the tokens after block K [the last]"),
     "pool": ("mean", ("mean", "cls"), "of patch tokens, or the class token"),
@@ -226,8 +209,7 @@ FLAGS = {
     "blr": (None, (float, 0, 1e9), "learning rate x 256 / batch; the first to tune [recipe]"),
     "end_lr": (None, (float, 0, 10), "the cosine's lowest learning rate [recipe]"),
     "weight_decay": (None, (float, 0, 1e3), "none on biases, norms, tokens [recipe]"),
-    "layer_decay": (None, (float, 0, 1), "a block's learning rate is this times the next one's; "
-                    "nearer 1 for weak pre-training [recipe; 1 from scratch]"),
+    "layer_decay": (None, (float, 0, 1), "a block's rate is this times the next one's [recipe]"),
     "clip": (None, (float, 0, 10**6), "most the gradient's norm may be, 0: any [recipe]"),
     "crop_scale": (None, (float, 1e-3, 1), "least area of a random crop [recipe]"),
     "randaugment": (None, (int, 0, 10), "magnitude, 0 is off [recipe]"),
@@ -262,16 +244,16 @@ def defaults_for(given):
     scratch = given.get("init") == "none"
     useless = set().union(*MODE_FLAGS.values()) - MODE_FLAGS[mode]
     useless |= {"keep_blocks", "freeze_blocks"} if scratch else {"model", "patch_size"}
-    useless = given.keys() & useless if "init" in given else given.keys() - EVAL_FLAGS
+    useless = given.keys() - EVAL_FLAGS if "eval" in given else given.keys() & useless
+    where = "--eval" if "eval" in given else f"--mode {mode} and --init {given['init']}"
     require(not useless, f"--{min(useless, default='').replace('_', '-')} has no meaning with "
-            + (f"--mode {mode} and --init {given.get('init')}" if "init" in given else "--eval")
-            + ": leave it out")
+            f"{where}: leave it out")
     recipe, changes = RECIPE_OF.get(name, ("imagenet", {}))
     if mode != "finetune" or given.get("recipe", recipe) != recipe:
         recipe, changes = given.get("recipe", mode), {}
     values = RECIPES[recipe] | changes | dict(recipe=recipe)
     if scratch:                       # there is nothing learnt that layer decay could protect
-        images, row = SETS.get(name, SETS["folder"]), dmae.RECIPES.get(name, dmae.RECIPES["folder"])
+        images, row = SETS.get(name, FOLDER), dmae.RECIPES.get(name, dmae.RECIPES["folder"])
         values |= dict(layer_decay=1.0, model=row["student"], patch_size=images["patch_size"],
                        image_size=images["image_size"])
     epochs, warmup = given.get("epochs", values.get("epochs", 1)), given.get("warmup_epochs", 0)
@@ -285,7 +267,7 @@ def open_encoder(s):
     """The encoder to start from, at the images' size."""
     if s.init == "none":
         torch.manual_seed(s.seed)
-        row = SETS.get(s.data, SETS["folder"])
+        row = SETS.get(s.data, FOLDER)
         vit = dmae.new_vit(s.model, argparse.Namespace(**row | dict(
             image_size=s.image_size, patch_size=s.patch_size)))
         vit.description = f"{s.model}, {vit.width} wide, {vit.depth} blocks, untrained"
@@ -306,13 +288,13 @@ def open_encoder(s):
 def open_labelled(run, vit):
     """Training and test source with labels, normalised and sized for `vit`, or an InputError."""
     name, config = run.s.data, vit.config
-    require(config["channels"] in (SETS.get(name, SETS["folder"])["channels"], 3), "an encoder of "
+    require(config["channels"] in (SETS.get(name, FOLDER)["channels"], 3), "an encoder of "
             f"grey images cannot see the colour images of {name}: pre-train one on them")
     row = dict(mean=config["mean"], std=config["std"], crop_scale=run.s.crop_scale or 1.0)
     train, test = run.open_data(row, config["image_size"])
-    require(test is not None and train.labels is not None and test.labels is not None,
-            f"--data {name} cannot be learnt: it needs images in {name}/train/CLASS/ and "
-            f"{name}/val/CLASS/, the same two or more classes in both, and no image elsewhere")
+    require(test is not None and train.labels is not None and test.labels is not None, f"--data "
+            f"{name} cannot be learnt: it needs images in {name}/train/CLASS/ and {name}/val/CLASS/"
+            ", the same two or more classes in both, and no image elsewhere")
     return train, test
 
 
@@ -366,19 +348,14 @@ def begin(s):
     run, vit = dmae.Run(s, "init"), open_encoder(s)
     train, test = open_labelled(run, vit)
     next(test.plain(torch.arange(min(8, len(test)))))            # unreadable: now, not in an hour
-    size = f"{len(train):,} images to train on, {len(test):,} to test on"
-    if s.data in PHOTOS and (len(train), len(test)) != PHOTOS[s.data]:
-        size += " (the paper has {:,} and {:,})".format(*PHOTOS[s.data])
     if s.label_fraction < 1:
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
-        size += f", {len(train):,} of them used"
     s.batch_size = min(s.batch_size or 1, len(train))              # with few labels, all there are
     run.divide(len(train))
-    run.open_folder(train, test)
-    run.say(f"run {run.out}: {s.mode} on {s.data}, {size}, {len(train.classes)} classes\n"
-            f"  loaded    {vit.description}\n  recipe    " + ", ".join(
-                f"{key} {getattr(s, key)}" for key in ("recipe", *IMAGENET)
-                if getattr(s, key) is not None))
+    run.open_folder()
+    run.say(f"run {run.out}: {s.mode} on {s.data}, {len(train):,} images to train on, "
+            f"{len(test):,} to test on, {len(train.classes)} classes\nloaded: {vit.description}\n"
+            + ", ".join(f"{key} {getattr(s, key)}" for key in ("recipe", *RECIPES[s.recipe])))
     return run, vit, train, test
 
 
@@ -395,7 +372,7 @@ def finetune(s):
     options = dict(lr=peak, fused=run.device.type in ("cpu", "cuda"))
     optimizer = (torch.optim.AdamW(groups, betas=(0.9, 0.999), **options) if s.optimizer == "adamw"
                  else torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options))
-    run.say(f"  training  {total} steps, {warmup} of warm-up, learning rate {peak:.3g}, by layer x "
+    run.say(f"{total} steps, {warmup} of warm-up, learning rate {peak:.3g}, by layer x "
             + " ".join(f"{x:.3g}" for x in sorted({group["scale"] for group in groups})))
     if s.randaugment:
         grey = round(255 * sum(vit.config["mean"]) / len(vit.config["mean"]))
@@ -404,7 +381,6 @@ def finetune(s):
     run.parts = dict(model=model, optimizer=optimizer, scaler=run.scaler)
     done = run.load_checkpoint(train)
     before = run.log[-1]["minutes"] if run.log else 0.0
-    best = max((line["best_top1"] for line in run.log if "best_top1" in line), default=0.0)
 
     replica = run.replicate(Supervised(model, s.smoothing))
     for epoch in range(done, s.epochs):
@@ -426,7 +402,6 @@ def finetune(s):
         line = meter.line(optimizer)
         if (epoch + 1) % s.eval_every == 0 or epoch + 1 == s.epochs:
             line |= evaluate(model, test, run)
-            best = line["best_top1"] = max(best, line["top1"])
         run.record(line | dict(minutes=before + (time.perf_counter() - began) / 60))
         run.save_checkpoint(train)
 
