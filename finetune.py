@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 import dmae
-from data import PHOTOS, SETS, require, seed_of, seeded, write
+from data import FOLDER, PHOTOS, SETS, require, seed_of, seeded, write
 
 # The paper's two recipes; every value has a flag. The learning rate is blr * batch / 256;
 # RandAugment's scale is 0 to 10; it, clip, mixup, cutmix, erasing and smoothing are off at 0.
