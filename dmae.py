@@ -485,14 +485,13 @@ def load_vit(path, heads=None):
 
     # 3. Sizes.
     try:
-        width, positions = state["cls_token"].shape[2], state["pos_embed"].shape[1] - 1
+        width, side = len(state["blocks.0.norm1.weight"]), math.isqrt(state["pos_embed"].shape[1])
         channels, patch_size, _ = state["patch_embed.proj.weight"].shape[1:]
-    except (LookupError, AttributeError, ValueError) as error:
-        names = ", ".join(list(state)[:3]) or "none"
-        raise InputError(f"{path} holds no plain ViT: no cls_token, pos_embed and patch_embed of a "
-                         f"ViT among its tensors ({names}, ...)") from error
+    except (LookupError, AttributeError, ValueError, TypeError) as error:
+        raise InputError(f"{path} holds no plain ViT: no pos_embed, patch_embed and blocks of one "
+                         f"among its tensors ({', '.join(list(state)[:3])}, ...)") from error
     config = dict(patch_size=patch_size, channels=channels, width=width, depth=depth,
-                  image_size=math.isqrt(positions) * patch_size)
+                  image_size=side * patch_size)
 
     # 4. Heads and normalisation.
     own = content.get("config")

@@ -350,8 +350,9 @@ def begin(s):
     next(test.plain(torch.arange(min(8, len(test)))))            # unreadable: now, not in an hour
     if s.label_fraction < 1:
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
-    s.batch_size = min(s.batch_size or 1, len(train))              # with few labels, all there are
-    run.divide(len(train))
+    if s.batch_size:                                               # with few labels, all there are
+        s.batch_size = min(s.batch_size, len(train))
+        run.divide(len(train))
     run.open_folder()
     run.say(f"run {run.out}: {s.mode} on {s.data}, {len(train):,} images to train on, "
             f"{len(test):,} to test on, {len(train.classes)} classes\nloaded: {vit.description}\n"
