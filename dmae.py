@@ -747,7 +747,7 @@ def command_line(prog, flags, argv):
     except (InputError, OSError) as error:         # OSError: a full disk, a name that is too long
         parser.error(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"interrupted; a run goes on with: python {prog} --resume DIR\n")
+        parser.exit(130, "interrupted; a run with a checkpoint.pth goes on with --resume DIR\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -872,8 +872,9 @@ class Run:
         roots = {Path(x.root).resolve() for x in self.sources if x and s.data not in SETS}
         require(roots.isdisjoint([self.out.resolve(), *self.out.resolve().parents]), f"--out "
                 f"{s.out} is inside the data, {s.data}: name a folder elsewhere")
-        require(not (self.out / "config.json").exists(), f"--out {s.out} holds a run: go on with "
-                f"it by --resume {s.out}, or name another folder")
+        held = [name for name in ("config.json", "checkpoint.pth") if (self.out / name).exists()]
+        require(not held, f"--out {s.out} holds a run ({', '.join(held)}): go on with it by --resume "
+                f"{s.out}, or name another folder")
         self.out.mkdir(parents=True, exist_ok=True)
         content = {"settings": vars(s), "torch": torch.__version__,
                    f"{self.source}_sha256": file_hash(getattr(s, self.source))}
