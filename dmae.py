@@ -873,8 +873,8 @@ class Run:
         require(roots.isdisjoint([self.out.resolve(), *self.out.resolve().parents]), f"--out "
                 f"{s.out} is inside the data, {s.data}: name a folder elsewhere")
         held = [name for name in ("config.json", "checkpoint.pth") if (self.out / name).exists()]
-        require(not held, f"--out {s.out} holds a run ({', '.join(held)}): go on with it by --resume "
-                f"{s.out}, or name another folder")
+        require(not held, f"--out {s.out} holds a run ({', '.join(held)}): go on with it by "
+                f"--resume {s.out}, or name another folder")
         self.out.mkdir(parents=True, exist_ok=True)
         content = {"settings": vars(s), "torch": torch.__version__,
                    f"{self.source}_sha256": file_hash(getattr(s, self.source))}
