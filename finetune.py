@@ -12,7 +12,6 @@ epoch. New here are the classifier, layer-wise learning rates and recipes; the r
 
 import argparse
 import json
-import re
 import time
 from functools import partial
 
@@ -31,22 +30,22 @@ IMAGENET = dict(
     optimizer="adamw", epochs=300, warmup_epochs=5, batch_size=1024, blr=1e-3, end_lr=1e-6,
     weight_decay=0.05, layer_decay=0.85, clip=0.0, crop_scale=0.08, randaugment=10, mixup=0.2,
     cutmix=0.0, erasing=0.0, smoothing=0.0)
+TRANSFER = IMAGENET | dict(                # 100 epochs are ours: the paper has a length for CIFAR
+    optimizer="sgd", epochs=100, warmup_epochs=20, batch_size=512, blr=0.015, weight_decay=0.0,
+    layer_decay=0.75, clip=1.0, randaugment=0, mixup=0.0)
 RECIPES = {
     "imagenet": IMAGENET,
-    "transfer": IMAGENET | dict(
-        optimizer="sgd", epochs=100, warmup_epochs=20, batch_size=512, blr=0.015, weight_decay=0.0,
-        layer_decay=0.75, clip=1.0, randaugment=0, mixup=0.0),
+    "transfer": TRANSFER,
+    "cifar": TRANSFER | dict(epochs=50, warmup_epochs=10, blr=0.05),
     "small": IMAGENET | dict(                                              # ours, for small sets
         epochs=3, warmup_epochs=0.5, batch_size=128, blr=4e-3, crop_scale=0.5, randaugment=0,
         mixup=0.0),
     "linear": dict(epochs=100, warmup_epochs=10, batch_size=512, blr=0.3, weight_decay=0.0),
     "knn": {},
 }
-# Which of them a data set gets, and what is different for it; a folder gets ImageNet's. The paper
-# gives no length for the transfer sets but CIFAR-100: 100 epochs are ours.
-CIFAR = ("transfer", dict(epochs=50, warmup_epochs=10, blr=0.05))
-RECIPE_OF = {name: ("transfer", {}) for name in PHOTOS} | {
-    "cifar100": CIFAR, "cifar10": CIFAR, "fashion-mnist": ("small", {}), "shapes": ("small", {})}
+# Which of them a data set gets; a folder gets ImageNet's.
+RECIPE_OF = dict.fromkeys(PHOTOS, "transfer") | {
+    "cifar100": "cifar", "cifar10": "cifar", "fashion-mnist": "small", "shapes": "small"}
 
 # ======================================================================================= classifier
 
@@ -128,10 +127,9 @@ def load_classifier(path):
     vit, config = dmae.load_vit(path), dmae.read_weights(dmae.split_heads(path)[0]).get("config")
     head = {n: vit.others[n] for n in ("head.weight", "head.bias") if n in vit.others}
     require(len(head) == 2 and head["head.weight"].shape[1:] == (vit.width,), f"{path} holds no "
-            "classifier on the mean of its patches (fc_norm and head): give the model.pth of a "
-            "fine-tuning run")
+            "classifier (fc_norm and head): give the model.pth of a fine-tuning run")
     model = Classifier(len(head["head.weight"]), **vit.config)
-    encoder = {re.sub("^norm.", "fc_norm.", name): p for name, p in vit.state_dict().items()}
+    encoder = {name.replace("norm.", "fc_norm."): p for name, p in vit.state_dict().items()}
     model.load_state_dict(encoder | head)
     model.classes = config.get("classes") if isinstance(config, dict) else None
     return model
@@ -201,7 +199,7 @@ FLAGS = {
     "block": (None, (int, 0, 1000), "linear and knn take the tokens after block K [the last]"),
     "pool": ("mean", ("mean", "cls"), "of patch tokens, or the class token"),
     "bank": (None, (int, 1, 10**9), "training images that k-NN looks among [all]"),
-    "recipe": (None, ("imagenet", "transfer", "small"), "row of RECIPES [by data set]"),
+    "recipe": (None, ("imagenet", "transfer", "cifar", "small"), "[by data set]"),
     "optimizer": (None, ("adamw", "sgd"), "sgd has Nesterov momentum 0.9 [recipe]"),
     "epochs": (None, (int, 1, 10**6), "more for fewer labels [recipe]"),
     "warmup_epochs": (None, (float, 0, 10**6), "linear [the recipe's share of the epochs]"),
@@ -248,14 +246,12 @@ def defaults_for(given):
     where = "--eval" if "eval" in given else f"--mode {mode} and --init {given['init']}"
     require(not useless, f"--{min(useless, default='').replace('_', '-')} has no meaning with "
             f"{where}: leave it out")
-    recipe, changes = RECIPE_OF.get(name, ("imagenet", {}))
-    if mode != "finetune" or given.get("recipe", recipe) != recipe:
-        recipe, changes = given.get("recipe", mode), {}
-    values = RECIPES[recipe] | changes | dict(recipe=recipe)
+    recipe = given.get("recipe", RECIPE_OF.get(name, "imagenet")) if mode == "finetune" else mode
+    values = RECIPES[recipe] | dict(recipe=recipe)
     if scratch:                       # there is nothing learnt that layer decay could protect
-        images, row = SETS.get(name, FOLDER), dmae.RECIPES.get(name, dmae.RECIPES["folder"])
-        values |= dict(layer_decay=1.0, model=row["student"], patch_size=images["patch_size"],
-                       image_size=images["image_size"])
+        row = SETS.get(name, FOLDER) | dmae.RECIPES.get(name, dmae.RECIPES["folder"])
+        values |= dict(layer_decay=1.0, model=row["student"], patch_size=row["patch_size"],
+                       image_size=row["image_size"])
     epochs, warmup = given.get("epochs", values.get("epochs", 1)), given.get("warmup_epochs", 0)
     require(warmup <= epochs, f"--warmup-epochs {warmup}: there are only {epochs} epochs")
     if "epochs" in values:                     # the warm-up keeps its share
@@ -267,16 +263,14 @@ def open_encoder(s):
     """The encoder to start from, at the images' size."""
     if s.init == "none":
         torch.manual_seed(s.seed)
-        row = SETS.get(s.data, FOLDER)
-        vit = dmae.new_vit(s.model, argparse.Namespace(**row | dict(
+        vit = dmae.new_vit(s.model, argparse.Namespace(**SETS.get(s.data, FOLDER) | dict(
             image_size=s.image_size, patch_size=s.patch_size)))
         vit.description = f"{s.model}, {vit.width} wide, {vit.depth} blocks, untrained"
     else:
         vit = dmae.load_vit(s.init)
-        patch = vit.config["patch_size"]
-        require((s.image_size or 0) % patch == 0, f"--image-size {s.image_size} is not a multiple "
-                f"of the encoder's patch size {patch}")
-        dmae.resize_grid(vit, [s.image_size // patch] * 2 if s.image_size else vit.grid)
+        side, rest = divmod(s.image_size or 0, vit.config["patch_size"])
+        require(not rest, f"--image-size {s.image_size}: no multiple of the encoder's patch size")
+        dmae.resize_grid(vit, (side, side) if side else vit.grid)
     for name in ("keep_blocks", "freeze_blocks", "block"):
         require((getattr(s, name) or 0) <= vit.depth, f"--{name.replace('_', '-')} "
                 f"{getattr(s, name)}: the encoder has blocks 1 to {vit.depth}, 0 is its embedding")
@@ -322,12 +316,11 @@ def evaluate_file(s):
     """--eval: test a fine-tuned model, print and return the result. Nothing is written."""
     run, model = dmae.Run(s, None), load_classifier(s.eval)
     train, test = open_labelled(run, model)
-    require(model.head.out_features == len(train.classes) and model.classes in (
-        None, list(train.classes)), f"{s.eval} tells {model.head.out_features} classes apart, "
-        f"{', '.join((model.classes or [])[:3])} ..., which are not those of {s.data}: give the "
-        "data set that it was fine-tuned on")
-    result = dict(eval=s.eval, data=s.data, test_images=len(test))
-    result |= evaluate(model.to(run.device), test, run)
+    classes, names = model.head.out_features, model.classes or list(train.classes)
+    require(classes == len(train.classes) and names == list(train.classes), f"{s.eval} tells "
+            f"{classes} classes apart, {', '.join(names[:3])} ..., not those of {s.data}")
+    result = evaluate(model.to(run.device), test, run)
+    result |= dict(eval=s.eval, data=s.data, test_images=len(test))
     run.say(json.dumps(result))
     return result
 
@@ -337,8 +330,8 @@ def report(run, train, line):
     keys = ("mode", "data", "init", "seed", "label_fraction", "recipe", "epochs", "batch_size",
             "blr", "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank", "out")
     result = {key: getattr(run.s, key) for key in keys if getattr(run.s, key) is not None}
-    result |= dict(train_images=len(train)) | {
-        key: line[key] for key in ("top1", "top5", "minutes", "broken_images") if key in line}
+    keys = ("top1", "top5", "minutes", "broken_images")
+    result |= {"train_images": len(train)} | {key: line[key] for key in keys if key in line}
     run.say(json.dumps(result))
     return result
 
@@ -350,8 +343,8 @@ def begin(s):
     next(test.plain(torch.arange(min(8, len(test)))))            # unreadable: now, not in an hour
     if s.label_fraction < 1:
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
-    if s.batch_size:                                               # with few labels, all there are
-        s.batch_size = min(s.batch_size, len(train))
+    if s.batch_size:
+        s.batch_size = min(s.batch_size, len(train))               # with few labels, all there are
         run.divide(len(train))
     run.open_folder()
     run.say(f"run {run.out}: {s.mode} on {s.data}, {len(train):,} images to train on, "
