@@ -403,7 +403,6 @@ def finetune(s):
         name: p.detach().cpu() for name, p in model.state_dict().items()})
     if run.rank == 0:
         write(run.out / "model.pth", lambda path: torch.save(content, path))
-    run.wait()                                                    # whoever returns finds the files
     return report(run, train, run.log[-1])
 
 
