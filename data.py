@@ -130,13 +130,18 @@ class SmallSet(Source):
 
     def draw(self, b, generator):
         seeds = torch.randint(2**62, (b,), device=generator.device, generator=generator)
-        return random_crops(b, self.crop_scale, generator), seeds
+        # On the CPU, so that `augment` need not wait for the device.
+        coin = torch.rand(b, generator=torch.Generator().manual_seed(generator.initial_seed()))
+        return random_crops(b, self.crop_scale, generator), seeds, coin < 0.5
 
-    def augment(self, images, crops, seeds):
-        # Bilinear. The pixels beside a crop take part at its edge; torchvision repeats the edge.
-        # Not antialiased: crops are mostly enlarged. Shrunk to less than half, pixels are skipped.
+    def augment(self, images, crops, seeds, bicubic):
+        # The pixels beside a crop take part at its edge, where torchvision repeats the edge. Not
+        # antialiased: crops are mostly enlarged. Shrunk to less than half, pixels are skipped.
         grid = F.affine_grid(crops, [len(images), 1, *self.size], align_corners=False)
-        images = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        out = images.new_empty(*images.shape[:2], *self.size, dtype=torch.float32)
+        for mode, chosen in (("bilinear", ~bicubic), ("bicubic", bicubic)):
+            out[chosen] = F.grid_sample(images[chosen].float(), grid[chosen], mode, "border", False)
+        images = out.clamp(0, 255)
         if self.policy is not None:
             pairs = zip(images.round().byte(), seeds.tolist(), strict=True)
             images = torch.stack([self.policy(image, seed) for image, seed in pairs])

@@ -672,7 +672,7 @@ def pretrain_teacher(s):
     out = Path(s.out) / "teacher"
     pretrain(argparse.Namespace(**vars(s) | dict(
         teacher="none", student=s.teacher_preset, decoder_width=None, decoder_depth=None,
-        decoder_heads=None, out=str(out), resume=(out / "config.json").exists())))
+        decoder_heads=None, out=str(out), resume=s.resume and (out / "config.json").exists())))
     return load_vit(out / "student.pth")
 
 
@@ -728,10 +728,10 @@ def command_line(prog, flags, argv):
     """Yields what is given of `flags`, a dictionary; an error within that the user can correct ends
     the program in one line."""
     def number(kind, least, most, text):
-        value = kind(text)
-        if not least <= value <= most:                                                # nor is nan
-            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:                                           # nor is nan
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: must be {kind.__name__}, from {least} to {most}")
 
     parser = argparse.ArgumentParser(prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda error: parser.exit(2, f"{prog}: error: {' '.join(str(error).split())}\n")
@@ -771,8 +771,9 @@ def settings_of(given, flags, source, defaults_for):
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"--resume {out}: no run of this program is there, or its config.json is "
                          "damaged") from error
-    require(file_hash(getattr(s, source)) == sha256, f"--{source} {getattr(s, source)} is not the "
-            "file that the run began with: give its new place")
+    file = getattr(s, source)
+    require(file_hash(file) == sha256 and (sha256 or source not in given), f"--{source} {file} is "
+            f"not there, or not what the run began with: give the new place by --{source}")
     return s
 
 
@@ -863,9 +864,10 @@ class Run:
         """Make --out, or the next number under runs/, and write config.json: all settings and a
         hash of the file the run starts from. With --resume it is there already."""
         s = self.s
-        require(s.out or self.world == 1, "several processes need the name of a folder: --out DIR")
+        require(self.world == 1 or s.out, "several processes need the name of a folder: --out DIR")
         numbers = (f"runs/{n:04d}" for n in range(1, 10**6))
-        s.out = s.out or next(name for name in numbers if not Path(name).exists())
+        s.out = next(n for n in numbers if not Path(n).exists()) if s.out is None else s.out
+        require(s.out, "--out is empty: name a folder")
         self.out = Path(s.out)
         if self.rank or s.resume:
             return
@@ -1000,9 +1002,9 @@ def nearest_neighbours(run, train, test, bank=10_000, queries=2_000, **functions
 
 
 def file_hash(path):
-    """sha256 of a file of weights; none and self have none."""
+    """sha256 of a file of weights, None if there is no such file."""
     path = split_heads(path)[0]
-    return None if str(path) in ("none", "self") else hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def save_student(path, model):

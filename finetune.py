@@ -341,6 +341,7 @@ def begin(s):
     run, vit = dmae.Run(s, "init"), open_encoder(s)
     train, test = open_labelled(run, vit)
     next(test.plain(torch.arange(min(8, len(test)))))            # unreadable: now, not in an hour
+    require(run.world == 1 or s.mode == "finetune", f"--mode {s.mode} takes one process")
     if s.label_fraction < 1:
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
     if s.batch_size:
@@ -410,7 +411,6 @@ def probe(s):
     """--mode knn and linear, on features computed once, without crops or flips."""
     began = time.perf_counter()
     run, vit, train, test = begin(s)
-    require(run.world == 1, f"--mode {s.mode} takes one process: start it without torchrun")
     features = partial(dmae.pooled_features, vit.to(run.device), block=s.block, pool=s.pool)
     if s.mode == "knn":
         line = dmae.nearest_neighbours(run, train, test, s.bank, None, top1=features)
