@@ -830,9 +830,10 @@ class Run:
         s.amp = s.amp or ("bf16" if bf16 else "fp16" if cuda else "off")
         s.compile = cuda if s.compile is None else s.compile
         require(cuda or s.amp != "fp16", "--amp fp16 needs a CUDA device: take bf16 or off")
+        if self.world > 1 and cuda:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            if cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()                               # nccl for cuda, gloo for cpu
         self.say = print if self.rank == 0 else lambda *text: None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s.amp == "fp16")
