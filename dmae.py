@@ -1041,29 +1041,23 @@ def reconstructions(student, images):
 
 
 @torch.no_grad()
-def attention_rows(views):
-    """views: [(ViT, images (b, c, H, W) as it takes them)] -> (b, views, 1 + h, 3, H, W): the
-    image, then for each head the last block's attention of the class token to the patches."""
-    picture = as_rgb(*views[0])                                                       # b 3 H W
-    columns = 1 + max(vit.config["heads"] for vit, _ in views)
-    rows = picture.new_ones(len(picture), len(views), columns, *picture.shape[1:])
-    for row, (vit, images) in enumerate(views):
-        scores = vit(images, scores_of=[vit.depth])[1][vit.depth]                     # b h 1+n 1+n
-        maps = scores.softmax(dim=-1)[:, :, 0, 1:].unflatten(2, vit.grid)             # b h gh gw
-        maps = F.interpolate(maps / maps.amax(dim=(2, 3), keepdim=True), picture.shape[2:])
-        rows[:, row, 0], rows[:, row, 1:1 + maps.shape[1]] = picture, maps[:, :, None]
-    return rows
-
-
 def draw_pictures(out, model, student, images):
-    """reconstruction.png, and attention.png with the student's row of heads above the teacher's."""
+    """reconstruction.png, a row for each image. attention.png, two rows for each of four, of the
+    student and of its teacher: how the class token of the last block attends to the patches, a
+    column for each head, scaled to its maximum."""
     panels = [as_rgb(student.encoder, panel) for panel in reconstructions(student, images)]
     save_grid(torch.stack(panels, dim=1).flatten(0, 1), out / "reconstruction.png", columns=4)
-    views = [(student.encoder, images[:4])]
+    views, picture, rows = [(student.encoder, images[:4])], panels[0][:4], []         # b 3 H W
     if model is not student:
         views.append((model.teacher, images_for(model.teacher, student.encoder, images[:4])))
-    rows = attention_rows(views)
-    save_grid(rows.flatten(0, 2), out / "attention.png", columns=rows.shape[2])
+    heads = max(vit.config["heads"] for vit, _ in views)
+    for vit, seen in views:
+        scores = vit(seen, scores_of=[vit.depth])[1][vit.depth]                       # b h 1+n 1+n
+        maps = scores.softmax(dim=-1)[:, :, 0, 1:].unflatten(2, vit.grid)             # b h gh gw
+        maps = F.interpolate(maps / maps.amax(dim=(2, 3), keepdim=True), picture.shape[2:])
+        maps = F.pad(maps, (0, 0, 0, 0, 0, heads - maps.shape[1]), value=1)           # white
+        rows.append(torch.cat([picture[:, None], maps[:, :, None].expand(-1, -1, 3, -1, -1)], 1))
+    save_grid(torch.stack(rows, dim=1).flatten(0, 2), out / "attention.png", columns=1 + heads)
 
 
 def as_rgb(vit, images):
