@@ -1,50 +1,39 @@
 """Does distillation help? The paper's question at small scale, with error bars.
 
     python -m experiments.study --results mine.jsonl      # MAE, D-MAE and the control, three seeds
-    python -m experiments.study --results mine.jsonl --minutes 10    # a piece; again: the next
-    python -m experiments.study --results mine.jsonl --data shapes --rows all --columns all
-    python -m experiments.study --results mine.jsonl --rows mae dmae grid --columns held-out
-    python -m experiments.study --results mine.jsonl --picture          # of seed 0's students
+    python -m experiments.study --results mine.jsonl --data shapes --rows all --columns 1%,held-out
     python -m experiments.study --report                  # tables and figures of our lines
 
 A cell of the study is one run of dmae.py or finetune.py: a data set, a way to pre-train (row), a
 seed, and what is measured (column; `pretrain` is the pre-training itself). Each finished cell adds
-a line to --results and is not run again; runs lie under --runs and are resumed. Tables and figures
-come from that file alone. The committed one holds our lines: name another to run it all yourself.
-Two of these may run side by side, in the same folder, best with one thread each
-(OMP_NUM_THREADS=1). Where the files of students are gone, --again trains them anew.
+a line to --results and is not run again. Runs lie under --runs: stop whenever you like, the same
+command goes on. Tables and figures come from the lines alone. Several of these may run side by side
+if their cells differ: of other data sets, or of other seeds once the teachers are there.
 
-One rule: a difference counts beyond two standard errors of its mean over seeds. Runs of the same
-seed had the same labels and the same order of images, so seeds are compared pair by pair. With
-three seeds chance alone passes this 18 % of the time, and columns that agree measure the same three
-students: ** marks what chance passes 5 % of the time. Each kind of teacher was trained once, so
-that what is found holds for that one. After --again, a pair may be of two machines, and rounding
-alone makes other students in the end.
-
-What settings were chosen by is never the test set: the learning rate comes from the column
-`held-out`, a linear probe on training images that were taken out of its training (pre-training has
-seen them, without labels). Alpha is the paper's in the main rows.
+Runs of the same seed had the same labels and the same order of images, so differences are taken
+pair by pair. What settings were chosen by is never the test set: the learning rate comes from the
+column `held-out`, a linear probe tested on training images that are taken out of its training
+(pre-training has seen them, without labels). Alpha is the paper's in the main rows.
 """
 
-import fcntl
+import argparse
 import itertools
 import json
 import math
+import re
 import shlex
-import signal
+import shutil
 import statistics
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from einops import einsum
 
 import dmae
 import finetune
-from dmae import InputError, Parser, file_hash, one_line_errors
-from experiments.analyze import fit_mixer, load_student, open_images
+from data import InputError, require
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "study.jsonl"
@@ -52,10 +41,8 @@ RESULTS = HERE / "results" / "study.jsonl"
 # ======================================================================================= the study
 
 # For each data set: the flags of its teacher and of every student, epochs of fine-tuning with 1 %,
-# 10 % and all of the labels, and of plain MAE in the time that D-MAE took with its teacher: 24.8 +
-# 5.1 minutes on Fashion-MNIST, where 3 epochs of MAE took 4.2; 25.9 + 6.5 on `shapes`, where 9 took
-# 4.0. (`dmae-long` and `better-long` have as many epochs.) Other students see 180,000 images,
-# teachers 480,000, better ones 1,440,000.
+# 10 % and all of the labels, of plain MAE in the time that D-MAE and its teacher took (`long`; so
+# many have `dmae-long` and `better-long`, too), and of the better teacher.
 DATA = {
     "fashion-mnist": dict(
         teacher="--student mini --epochs 8", student="--student slim --epochs 3 --blr 6e-3",
@@ -107,33 +94,33 @@ TEACHERS = {
     "untrained-teacher": ("untrained", "--teacher none --epochs 0"),
 }
 ALL_ROWS = ROWS | GRID | TEACHERS
-# The rows whose curves are drawn.
+# The rows whose curves are drawn, and what of the log.
 DRAWN = ("mae", "mae-long", "dmae", "dmae-long", "better", "better-long", "untrained")
+CURVES = dict(mae=("MAE loss", 1), attn=("distillation loss", 1), knn=("k-NN top-1, %", 100))
 
 # The columns: flags of finetune.py.
 COLUMNS = {
     "knn": ("k-NN", "--mode knn --bank 10000"),
-    "linear": ("linear", "--mode linear --eval-every 100"),
+    "linear": ("linear", "--mode linear"),
     "1%": ("1 % labels", "--label-fraction 0.01 --epochs {0} --eval-every {0}"),
     "10%": ("10 % labels", "--label-fraction 0.1 --epochs {1} --eval-every {1}"),
     "100%": ("all labels", "--epochs {2} --eval-every {2}"),
 }
-HELD_OUT = {"held-out": ("linear, held out", "--mode linear --holdout 5000 --eval-every 100")}
+HELD_OUT = {"held-out": ("linear, held out", "--mode linear")}        # by `held_out`, below
 # The first K blocks kept, the others begun anew; K = 6 is the column `1%` or `10%` itself.
 KEEP = {f"keep{k}-{share}": (f"{k} blocks kept, {share}", f"{COLUMNS[share][1]} --keep-blocks {k}")
         for share in ("1%", "10%") for k in (2, 4)}
 ALL_COLUMNS = COLUMNS | HELD_OUT | KEEP
-GROUPS = dict(rows=dict(all=ROWS, grid=GRID), columns=dict(all=COLUMNS, keep=KEEP))
 
 
 def command(s, data, row, seed, column):
-    """The program and the command line of a cell, without its --out."""
+    """The program, dmae or finetune, and the command line of a cell, without its --out."""
     setting, runs = DATA[data], shlex.quote(f"{s.runs}/{data}")
     common = f" --data {data} --data-dir {shlex.quote(s.data_dir)} --seed {seed}"
     if column == "pretrain":
         own = setting["teacher" if row in TEACHERS else "student"].split()
         new = shlex.split(ALL_ROWS[row][1].format(runs=runs, **setting))
-        for flag, value in zip(own[::2], own[1::2]):     # a row's flags come before the data set's
+        for flag, value in zip(own[::2], own[1::2], strict=True):     # a row's own flags come first
             new += [] if flag in new else [flag, value]
         return dmae, new + shlex.split(common)
     start = (f"--init {runs}/{row}/{seed}/pretrain/student.pth" if row != "scratch" else
@@ -142,21 +129,26 @@ def command(s, data, row, seed, column):
         start + " " + ALL_COLUMNS[column][1].format(*setting["tuning"]) + common)
 
 
-def needs(row, seed, column):
-    """The cells, of the same data set, that must be there before this one."""
-    if column != "pretrain":
-        return [] if row == "scratch" else [(row, seed, "pretrain")]
-    flags = ALL_ROWS[row][1]
-    return [(name, 0, "pretrain") for name in TEACHERS if f"/{name}/" in flags]
-
-
-# ========================================================================================= running
+def held_out(argv, count=5000):
+    """What finetune.py does for --mode linear, but tested on `count` of the training images, which
+    are taken out of training: the same ones for every seed. Returns its result."""
+    began = time.perf_counter()
+    with dmae.command_line("finetune.py", finetune.FLAGS, argv) as given:
+        s = dmae.settings_of(given, finetune.FLAGS, "init", finetune.defaults_for)
+        run, vit, train, _ = finetune.begin(s)
+        features = partial(dmae.pooled_features, vit.to(run.device))
+        x, y = dmae.features_of(run, train, torch.arange(len(train)), features)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        test, rest = order[:count].sort().values, order[count:].sort().values
+        line = finetune.linear_probe(s, (x[rest], y[rest]), (x[test], y[test]))
+        run.record(line | dict(minutes=(time.perf_counter() - began) / 60))
+        return dict(train_images=len(rest), **run.log[-1])
 
 
 def read(path=RESULTS):
     """The lines of a file of results; none if there is no file."""
-    lines, path = [], Path(path)
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    lines, whole = [], Path(path).read_text() if Path(path).exists() else ""
+    for number, text in enumerate(whole.splitlines(), start=1):
         try:
             line = json.loads(text)
             float(line["minutes"]), line["data"], line["row"], line["seed"], line["command"]
@@ -168,136 +160,96 @@ def read(path=RESULTS):
     return lines
 
 
-def lines_of(s, data, row, seed, column):
-    """All lines of a cell: one, and for a student trained again one more for each time."""
-    return [line for line in read(s.results) if (line["data"], line["row"], line["seed"],
-                                                 line["column"]) == (data, row, seed, column)]
-
-
 def line_of(s, data, row, seed, column):
     """The line of a cell, or None. Raises InputError if it was measured with other settings."""
-    found = lines_of(s, data, row, seed, column)
-    if not found:
-        return None
-
-    program, argv = command(s, data, row, seed, column)
-
-    def settings(words):
-        given = vars(program.make_parser().parse_args(words))
-        return {flag: "/".join(Path(value).parts[-4:]) if flag in ("init", "teacher") else value
-                for flag, value in given.items() if flag != "data_dir"}
-
-    before, now = settings(shlex.split(found[0]["command"])[2:]), settings(argv)
-    if before != now:
-        differ = ", ".join(f"--{x.replace('_', '-')}" for x in sorted(before.keys() | now.keys())
-                           if before.get(x) != now.get(x))
-        raise InputError(f"--results {s.results}: {data}, {row}, seed {seed}, {column} was "
-                         f"measured with another {differ}: name another file")
-    return found[0]
+    found = select(read(s.results), data, row, column)
+    line = next((line for line in found if line["seed"] == seed), None)
+    if line:
+        before = list(itertools.pairwise(shlex.split(line["command"])))
+        other = [f"{flag} {value}" for flag, value in itertools.pairwise(
+            command(s, data, row, seed, column)[1]) if (flag, value) not in before
+            and flag.startswith("--") and flag not in ("--teacher", "--init", "--data-dir")]
+        require(not other, f"--results {s.results}: {data}, {row}, seed {seed}, {column} was not "
+                f"measured with {', '.join(other)}: name another file")
+    return line
 
 
-def find_student(s, data, row, seed):
-    """The student.pth of a finished pre-training; None if it is missing, or if its hash is in none
-    of the lines."""
-    path = Path(s.runs, data, row, str(seed), "pretrain", "student.pth")
-    known = [line["student_sha256"] for line in lines_of(s, data, row, seed, "pretrain")]
-    return path if path.exists() and file_hash(path) in known else None
+def begin_or_resume(program, argv, out):
+    """The command line of a run that begins in `out`, or goes on there. What is left of one without
+    a checkpoint is removed."""
+    held = [out / name for name in ("config.json", "checkpoint.pth")]
+    if not all(path.exists() for path in held):
+        for path in held:
+            path.unlink(missing_ok=True)
+        return [*argv, "--out", str(out)]
+    with dmae.command_line("experiments.study", program.FLAGS, argv) as given:
+        begun = json.loads(held[0].read_text())["settings"]
+        same = all(begun[x] == given[x] for x in given.keys() - {"teacher", "init", "data_dir"})
+        require(same, f"{out} holds a run with other settings: remove it, or name another --runs")
+        return ["--resume", str(out), "--data-dir", given["data_dir"]]
 
 
-def student(s, data, row, seed):
-    """The same. Raises InputError if there is none."""
-    path = find_student(s, data, row, seed)
-    if path is None:
-        raise InputError(f"{s.runs}/{data}/{row}/{seed}/pretrain/student.pth is not there, or not "
-                         f"that of {s.results}: name the --runs where it lies, or train it "
-                         "--again, or name another --results to run it all anew")
-    return path
-
-
-def run(s, data, row, seed, column, wait):
-    """Run or resume a cell and append its line; True once it is there. What another process is at
-    is left to it (wait: until it has finished)."""
-    def there():
-        return line_of(s, data, row, seed, column) and not (
-            s.again and column == "pretrain" and not find_student(s, data, row, seed))
-
-    if there():
-        return True
-    for cell in needs(row, seed, column):
-        if not run(s, data, *cell, wait):
-            return False
-        student(s, data, *cell[:2])
-    out = Path(s.runs, data, row, str(seed), column)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as lock:              # let go when the process ends, however
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
-        if there():
-            return True
-        program, argv = command(s, data, row, seed, column)
-        begun = {name for name in ("config.json", "checkpoint.pth") if (out / name).exists()}
-        resume = ["--resume"] if len(begun) == 2 else ["--overwrite"] if begun else []
-        print(f"--- {data}, {row}, seed {seed}, {column}: {out}", flush=True)
-        again = bool(line_of(s, data, row, seed, column))
-        if again:                               # a broken file would be left as it is
-            (out / "student.pth").unlink(missing_ok=True)
-        result = program.main(argv + ["--out", str(out)] + resume)
-        if again and find_student(s, data, row, seed):
-            return True                                 # it came out the same, to the bit
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        config = json.loads((out / "config.json").read_text())
-        line = dict(data=data, row=row, seed=seed, column=column)
-        if column == "pretrain":
-            keys = ("epoch", "loss", "mae", "attn", "hidden", "knn")
-            line["curve"] = [{k: x[k] for k in keys if k in x} for x in log]
-            line["knn_pixels"] = log[0]["knn_pixels"]
-            line["student_sha256"] = file_hash(out / "student.pth")
-            images = [(b["step"] - a["step"]) * config["settings"]["batch_size"]
-                      for a, b in zip(log, log[1:])]
-            line["images"] = sum(images)
-            # Of training alone; of the other columns, from start to end.
-            line["minutes"] = sum(n / x["images_per_second"] / 60 for n, x in zip(images, log[1:]))
-        else:
-            line |= {k: result[k] for k in ("top1", "train_images", "minutes")}
-            if row != "scratch":
-                line["student_sha256"] = file_hash(student(s, data, row, seed))
-        line |= dict(command=shlex.join(["python", f"{program.__name__}.py", *argv]),
-                     commit=s.commit, date=time.strftime("%Y-%m-%d"), torch=config["torch"],
-                     threads=torch.get_num_threads())
-        if again:
-            line["again"] = True
-        with open(s.results, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            whole = file.read()
-            file.write("\n" * (whole[-1:] not in ("", "\n")) + json.dumps(line) + "\n")
-    return True
+def run(s, data, row, seed, column):
+    """Run or resume a cell, and what it starts from, and append its line, unless it is there."""
+    cell = data, row, seed, column
+    if line_of(s, *cell):
+        return
+    program, argv = command(s, *cell)
+    line = dict(data=data, row=row, seed=seed, column=column, commit=commit(),
+                command=shlex.join(["python", f"{program.__name__}.py", *argv]),
+                date=time.strftime("%Y-%m-%d"), torch=torch.__version__,
+                threads=torch.get_num_threads())
+    for path in (Path(word) for word in argv if word.endswith("/pretrain/student.pth")):
+        needed = data, path.parts[-4], int(path.parts[-3]), "pretrain"
+        run(s, *needed)
+        sha256 = line_of(s, *needed)["student_sha256"]
+        require(path.exists() and dmae.file_hash(path) == sha256, f"{path} is not there, or not "
+                f"that of {s.results}: name the --runs where it lies, or remove its line to train "
+                "it again, or name another --results to run it all anew")
+        line |= dict(student_sha256=sha256)
+    out = Path(s.runs, *map(str, cell))
+    print(f"--- {data}, {row}, seed {seed}, {column}: {out}", flush=True)
+    start = held_out if column in HELD_OUT else program.main
+    result = start(begin_or_resume(program, argv, out))
+    if column == "pretrain":
+        log = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+        batch = json.loads((out / "config.json").read_text())["settings"]["batch_size"]
+        images = [(b["step"] - a["step"]) * batch for a, b in itertools.pairwise(log)]
+        keys = ("epoch", "loss", "mae", "attn", "hidden", "knn")
+        # The minutes are those of training alone; of the other columns, from start to end.
+        line |= dict(
+            curve=[{key: x[key] for key in keys if key in x} for x in log],
+            knn_pixels=log[0]["knn_pixels"], images=sum(images),
+            minutes=sum(n / x["images_per_second"] / 60
+                        for n, x in zip(images, log[1:], strict=True)),
+            student_sha256=dmae.file_hash(out / "student.pth"))
+    else:
+        line |= {key: result[key] for key in ("top1", "train_images", "minutes")}
+    with open(s.results, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def commit():
-    """The commit that runs, with a + where the core was changed since; None outside of git."""
-    def git(*words):
-        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True,
-                              text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "../dmae.py", "../finetune.py", "../data.py")
-        return (git("rev-parse", "--short", "HEAD") + "+" * bool(changed)) or None
-    except OSError:                                                       # git is not installed
+    """The commit that runs, with -dirty where files were changed since; None outside of git."""
+    if not shutil.which("git"):
         return None
+    words = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
 
 
-# ======================================================================================= reporting
+# ======================================================================================== reporting
+
+
+def select(lines, data, row, column, again=False):
+    """The lines of a row and column; again: those of students that were trained a second time."""
+    return [line for line in lines if (line["data"], line["row"], line["column"],
+                                       "again" in line) == (data, row, column, again)]
 
 
 def values_of(lines, data, row, column):
-    """{seed: percent} of a cell's lines; of `pretrain`, {seed: minutes}, the first time. (What was
-    measured on a student trained again tells by its student_sha256.)"""
-    key = dict(data=data, row=row, column=column)
+    """{seed: percent} of the lines of a row and column; of `pretrain`, {seed: minutes}."""
     return {line["seed"]: 100 * line["top1"] if "top1" in line else line["minutes"]
-            for line in lines if key.items() <= line.items() and "again" not in line}
+            for line in select(lines, data, row, column)}
 
 
 def mean_and_deviation(values):
@@ -311,20 +263,14 @@ def mean_and_deviation(values):
 
 
 def difference(a, b):
-    """Mean and standard error of a - b over the seeds that both have, and how many these are."""
+    """Mean of a - b over the seeds that both have, its standard error, how many if not three. Rule
+    of the study: beyond two standard errors a difference counts, *; with three seeds chance alone
+    passes this 18 % of the time, ** 5 % (Student's t). Two seeds decide nothing."""
     pairs = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    if len(pairs) < 2:
-        return None
-    return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs)), len(pairs)
-
-
-def difference_text(a, b):
-    """The same in words. By the rule of the study, * marks what counts; ** what chance alone passes
-    in less than one of twenty cases (Student's t). Two seeds decide nothing."""
-    found = difference(a, b)
-    if found is None:
+    seeds = len(pairs)
+    if seeds < 2:
         return ""
-    mean, error, seeds = found
+    mean, error = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(seeds)
     limit = {2: math.inf, 3: 4.30, 4: 3.18, 5: 2.78}.get(seeds, 2.58)
     star = "**" if abs(mean) > limit * error else "*" if abs(mean) > 2 * error and seeds > 2 else ""
     return f"{mean:+.2f} ± {error:.2f} {star}".rstrip() + f" ({seeds})" * (seeds != 3)
@@ -332,274 +278,172 @@ def difference_text(a, b):
 
 def markdown(head, rows):
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def tables(lines):
     """{name: a table in Markdown} of all that `lines` have to say."""
-    out = {}
-    for data in DATA:
-        columns = [column for column in COLUMNS
-                   if any(values_of(lines, data, row, column) for row in ROWS)]
-        titles = ["pre-training", *(COLUMNS[column][0] for column in columns)]
-        shown = {row: [values_of(lines, data, row, column) for column in columns]
-                 for row in ROWS}
-        shown = {row: values for row, values in shown.items() if any(values)}
-        if shown:
-            out[f"{data}: top-1 in percent"] = markdown(
-                [*titles, "minutes of it"],
-                [[ROWS[row][0], *map(mean_and_deviation, values),
-                  mean_and_deviation(values_of(lines, data, row, "pretrain"))]
-                 for row, values in shown.items()])
-        for base, others in (("mae", ROWS.keys() - {"mae"}),
-                             ("dmae", ROWS.keys() - {"scratch", "mae", "dmae"}),
-                             ("mae-long", {"dmae-long", "better", "better-long"})):
-            rows = []
-            for row, values in shown.items():
-                against = list(map(difference_text, values, shown.get(base, [])))
-                if row in others and any(against):
-                    rows.append([ROWS[row][0], *against])
-            if rows:
-                out[f"{data}: difference from {ROWS[base][0]} (± standard error)"] = (
-                    markdown(titles, rows))
-        grid = []
-        for name, (title, _) in SETTINGS.items():
-            rows = [row if name == "taken" else f"{row}-{name}" for row in ("mae", "dmae")]
-            values = [values_of(lines, data, row, "held-out") for row in rows]
-            if any(values):
-                grid.append([title, *map(mean_and_deviation, values)])
-        if grid:
-            out[f"{data}: linear probe on held-out training images"] = markdown(
-                ["settings", ROWS["mae"][0], ROWS["dmae"][0]], grid)
-        keep = []
-        for share in ("1%", "10%"):
-            for row in ("mae", "dmae"):
-                values = [values_of(lines, data, row, f"keep{k}-{share}") for k in (2, 4)]
-                if any(values):
-                    seeds = set().union(*values)
-                    whole = {seed: value for seed, value in
-                             values_of(lines, data, row, share).items() if seed in seeds}
-                    keep.append([ROWS[row][0], share.replace("%", " %"),
-                                 *map(mean_and_deviation, [*values, whole])])
-        if keep:
-            out[f"{data}: only the first blocks kept"] = markdown(
-                ["pre-training", "labels", "2", "4", "6 (all)"], keep)
-        teachers = {row: [values_of(lines, data, row, column)
-                          for column in ("knn", "linear", "pretrain")] for row in TEACHERS}
-        teachers = [[TEACHERS[row][0], *map(mean_and_deviation, values)]
-                    for row, values in teachers.items() if any(values[:2])]
-        if teachers:
-            out[f"{data}: the teacher"] = markdown(["", "k-NN", "linear", "minutes"], teachers)
-        again = []
-        for row, (title, _) in ALL_ROWS.items():
-            cell = dict(data=data, row=row, column="pretrain").items()
-            runs = [line for line in lines if cell <= line.items()]
-            first = {line["seed"]: line["curve"][-1] for line in runs if "again" not in line}
-            pairs = [(first[line["seed"]], line["curve"][-1]) for line in runs
-                     if "again" in line and line["seed"] in first]
-            if pairs and "mae" in pairs[0][0]:
-                losses, neighbours = ([[x[key] for x in pair] for pair in pairs]
-                                      for key in ("mae", "knn"))
-                again.append([title, str(len(pairs)),
-                              *(f"{statistics.mean(x):.4f}" for x in zip(*losses)),
-                              *(f"{100 * statistics.mean(x):.1f}" for x in zip(*neighbours)),
-                              f"{100 * max(abs(a - b) for a, b in neighbours):.1f}"])
-        if again:
-            out[f"{data}: trained again"] = markdown(
-                ["pre-training", "students", "MAE loss", "again", "k-NN", "again",
-                 "largest difference"], again)
-    return out
+    return {f"{data}: {name}": markdown(head, rows)
+            for data in DATA for name, head, rows in tables_of(lines, data) if rows}
+
+
+def tables_of(lines, data):
+    """Yields (name, head, rows) of each table of a data set; no rows where there are no lines."""
+    known, text = partial(values_of, lines, data), mean_and_deviation
+    columns = [column for column in COLUMNS if any(known(row, column) for row in ROWS)]
+    shown = {row: [known(row, column) for column in columns] for row in ROWS}
+    shown = {row: values for row, values in shown.items() if any(values)}
+    head = ["pre-training", *(COLUMNS[column][0] for column in columns)]
+    yield "top-1 in percent", [*head, "minutes of it"], [
+        [ROWS[row][0], *map(text, [*values, known(row, "pretrain")])]
+        for row, values in shown.items()]
+
+    for base, others in (("mae", ROWS.keys() - {"mae"}),
+                         ("dmae", ROWS.keys() - {"scratch", "mae", "dmae"}),
+                         ("mae-long", {"dmae-long", "better", "better-long"})):
+        rows = [[ROWS[row][0], *map(difference, values, shown.get(base, []))]
+                for row, values in shown.items() if row in others]
+        yield (f"difference from {ROWS[base][0]} (± standard error)", head,
+               [row for row in rows if any(row[1:])])
+
+    rows = [[title, *(text(known(row if name == "taken" else f"{row}-{name}", "held-out"))
+                      for row in ("mae", "dmae"))] for name, (title, _) in SETTINGS.items()]
+    yield ("linear probe on held-out training images",
+           ["settings", ROWS["mae"][0], ROWS["dmae"][0]], [row for row in rows if any(row[1:])])
+
+    rows = []
+    for share, row in itertools.product(("1%", "10%"), ("mae", "dmae")):
+        values = [known(row, f"keep{k}-{share}") for k in (2, 4)]
+        seeds = set().union(*values)
+        whole = {seed: value for seed, value in known(row, share).items() if seed in seeds}
+        if seeds:
+            rows.append([ROWS[row][0], share.replace("%", " %"), *map(text, [*values, whole])])
+    yield "only the first blocks kept", ["pre-training", "labels", "2", "4", "6 (all)"], rows
+
+    yield "the teacher", ["", "k-NN", "linear", "minutes"], [
+        [title, *(text(known(row, column)) for column in ("knn", "linear", "pretrain"))]
+        for row, (title, _) in TEACHERS.items() if known(row, "knn") or known(row, "linear")]
+
+    rows = []
+    for row, (title, _) in ALL_ROWS.items():
+        ends = {line["seed"]: line["curve"][-1] for line in select(lines, data, row, "pretrain")}
+        pairs = [(ends[line["seed"]], line["curve"][-1])
+                 for line in select(lines, data, row, "pretrain", again=True)]
+        if pairs and "mae" in pairs[0][0]:
+            mae, knn = ([[end[key] for end in pair] for pair in pairs] for key in ("mae", "knn"))
+            rows.append([title, str(len(pairs)),
+                         *(f"{statistics.mean(x):.4f}" for x in zip(*mae, strict=True)),
+                         *(f"{100 * statistics.mean(x):.1f}" for x in zip(*knn, strict=True)),
+                         f"{100 * max(abs(a - b) for a, b in knn):.1f}"])
+    yield ("trained again", ["pre-training", "students", "MAE loss", "again", "k-NN", "again",
+                             "largest difference"], rows)
 
 
 def headline(lines, data):
-    """The README's first table: what the labels are worth after each kind of pre-training."""
-    rows = [[ROWS[row][0], *(mean_and_deviation(values_of(lines, data, row, column))
-                             for column in ("1%", "100%"))]
-            for row in ("scratch", "mae", "mae-long", "dmae")]
-    return markdown(["pre-training", "1 % of the labels", "all labels, one epoch"], rows)
-
-
-@torch.no_grad()
-def picture(s, data, path, count=4):
-    """Test images; their visible patches; D-MAE's prediction with these put back; and the scores
-    that the class token has for the visible patches in the last block: of the untrained student, of
-    D-MAE and of the teacher. Students of seed 0; of the teacher, the head whose scores vary most;
-    of the students, what makes up for it: D-MAE's M, and the mixture of the untrained heads that is
-    best on these images. All three are drawn on the teacher's scale.
-    """
-    saved = load_student(student(s, data, "dmae", 0))
-    mae, (mixer,) = saved["mae"], saved["mixers"].values()
-    torch.manual_seed(0)
-    vits = [dmae.ViT(**mae.encoder.config), mae.encoder,
-            dmae.load_vit(student(s, data, "teacher", 0))]
-    images = next(iter(open_images(data, s.data_dir, mae.encoder, "cpu", 0).plain(
-        torch.arange(count))))
-    noise = torch.rand(count, math.prod(mae.encoder.grid),
-                       generator=torch.Generator().manual_seed(0))      # as in reconstructions
-    ids_keep = mae.choose(noise)
-    scores = [vit(images, ids_keep, scores=[vit.depth])[0][vit.depth] for vit in vits]  # b h 1+k .
-    mixers = [fit_mixer(scores[0], scores[2]), mixer, torch.eye(len(mixer))]
-    rows = torch.stack([einsum(m, x[:, :, 0, 1:], "t s, b s k -> b t k")
-                        for m, x in zip(mixers, scores)])                             # 3 b t k
-    head = rows[2].var(dim=2).sum(dim=0).argmax()
-    rows = rows[:, :, head]                                                           # 3 b k
-    low, high = rows[2].amin(dim=1, keepdim=True), rows[2].amax(dim=1, keepdim=True)
-    rows = ((rows - low) / (high - low)).clamp(0, 1)
-    image, visible, _, both = dmae.reconstructions(mae, images)
-    panels = [dmae.as_rgb(mae.encoder, panel) for panel in (image, visible, both)]
-    hidden = torch.tensor([0.2, 0.25, 0.4]).view(1, 3, 1).repeat(count, 1, noise.shape[1])
-    for row in rows:                                                          # b k, on blue: b 3 n
-        patches = hidden.scatter(2, ids_keep[:, None].expand(-1, 3, -1),
-                                 row[:, None].expand(-1, 3, -1))
-        panels.append(F.interpolate(patches.unflatten(2, mae.encoder.grid), panels[0].shape[2:]))
-    dmae.save_grid(torch.stack(panels, dim=1).flatten(0, 1), path, columns=len(panels))
+    """The README's table: what the labels are worth after each kind of pre-training."""
+    return markdown(["pre-training", "1 % of the labels", "all labels, one epoch"], [
+        [ROWS[row][0], *(mean_and_deviation(values_of(lines, data, row, column))
+                         for column in ("1%", "100%"))]
+        for row in ("scratch", "mae", "mae-long", "dmae", "better")])
 
 
 def figures(lines, folder):
-    """Curves over pre-training, mean and range over seeds, a file for each data set: its names."""
+    """Draws curves over pre-training, mean and range over seeds; yields each data set's file."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("(figures need pip install matplotlib)")
-        return []
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    made = []
+        return
     for data in DATA:
-        runs = {row: [line for line in lines if (line["data"], line["row"], line["column"]) == (
-            data, row, "pretrain") and "again" not in line] for row in DRAWN}
+        runs = {row: select(lines, data, row, "pretrain") for row in DRAWN}
         if not any(runs.values()):
             continue
-        fig, axes = plt.subplots(1, 3, figsize=(13, 4.6), constrained_layout=True)
-        ticks = {0.0}
-        for n, (row, seeds) in enumerate(runs.items()):
-            if not seeds:
-                continue
-            curves = [line["curve"] for line in seeds]
-            each = seeds[0]["images"] / 1000 / max(1, len(curves[0]) - 1)
-            ticks |= {each, each * (len(curves[0]) - 1)}
-            for axis, key, unit in zip(axes, ("mae", "attn", "knn"), (1, 1, 100)):
-                points = [(i * each, [unit * x[key] for x in epoch])
-                          for i, epoch in enumerate(zip(*curves)) if key in epoch[0]]
-                if points:
-                    x, values = zip(*points)
-                    axis.plot(x, list(map(statistics.mean, values)), color=f"C{n}", linewidth=1,
-                              marker=".", label=ROWS[row][0])
-                    axis.fill_between(x, list(map(min, values)), list(map(max, values)),
-                                      color=f"C{n}", alpha=0.2, linewidth=0)
+        figure, ticks = Figure(figsize=(13, 4.6), layout="constrained"), {0.0}
+        axes = figure.subplots(1, 3)
+        for color, seeds in enumerate(runs.values()):
+            epochs = list(zip(*(line["curve"] for line in seeds), strict=True))
+            for axis, (key, (title, unit)) in zip(axes, CURVES.items(), strict=True):
+                axis.set_title(title)
+                if not epochs or key not in epochs[-1][0]:
+                    continue
+                each = seeds[0]["images"] / 1000 / max(1, len(epochs) - 1)
+                ticks |= {each, each * (len(epochs) - 1)}
+                values = {i * each: [unit * run[key] for run in epoch]
+                          for i, epoch in enumerate(epochs) if key in epoch[0]}
+                means, least, most = (list(map(function, values.values()))
+                                      for function in (statistics.mean, min, max))
+                axis.plot(values.keys(), means, color=f"C{color}", linewidth=1, marker=".",
+                          label=ROWS[seeds[0]["row"]][0])
+                axis.fill_between(values.keys(), least, most, color=f"C{color}", alpha=0.2,
+                                  linewidth=0)
         pixels = next(seeds[0]["knn_pixels"] for seeds in runs.values() if seeds)
         axes[2].axhline(100 * pixels, color="grey", linestyle=":", linewidth=1, label="raw pixels")
         ticks = sorted(ticks)
-        for axis, title in zip(axes, ("MAE loss", "distillation loss", "k-NN top-1, %")):
-            axis.set_title(title)
+        for axis in axes:
             axis.set_xlabel("thousand images seen (logarithmic after the first epoch)")
             # Rows differ eightfold in length; linear up to the first epoch, which has 0 before it.
             axis.set_xscale("symlog", linthresh=ticks[1], linscale=0.3)
             axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
             axis.minorticks_off()
         axes[1].set_yscale("log")
-        fig.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        fig.savefig(folder / f"study_{data}.png", dpi=80)
-        plt.close(fig)
-        made.append(f"study_{data}.png")
-    return made
+        figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.savefig(folder / f"study_{data}.png", dpi=80)
+        yield folder / f"study_{data}.png"
 
 
-# ==================================================================================== command line
+# ===================================================================================== command line
 
-
-def make_parser():
-    parser = Parser(prog="python -m experiments.study", allow_abbrev=False,
-                    description="Pre-train and fine-tune small students, and compare.")
-    add = parser.add_argument
-    add("--data", nargs="+", choices=DATA, default=["fashion-mnist"], help="[fashion-mnist]")
-    add("--rows", nargs="+", choices=[*GROUPS["rows"], *ALL_ROWS], metavar="ROW",
-        default=["mae", "dmae", "untrained"],
-        help=f"{', '.join([*GROUPS['rows'], *ALL_ROWS])} [mae dmae untrained]")
-    add("--columns", nargs="+", choices=[*GROUPS["columns"], *ALL_COLUMNS, "pretrain"],
-        metavar="COLUMN", default=["knn", "linear", "1%"],
-        help=(f"{', '.join([*GROUPS['columns'], *ALL_COLUMNS])}, pretrain (no more than that) "
-              "[knn linear 1%]").replace("%", "%%"))
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
-    add("--minutes", type=float, help="stop after this time; the same command again goes on [none]")
-    add("--again", action="store_true", help="train students whose files are gone, by the same "
-        "commands; one that comes out otherwise, as on another machine, gets a line of its own")
-    add("--report", action="store_true", help="print tables and draw figures, run nothing")
-    add("--picture", action="store_true", help="draw figures/study.png, from the first of --data "
-        "and seed 0; run nothing")
-    add("--results", default=str(RESULTS), metavar="FILE",
-        help="lines of what has been measured [experiments/results/study.jsonl]")
-    add("--runs", default="runs/study", metavar="DIR", help="where runs lie [runs/study]")
-    add("--data-dir", default="data", metavar="DIR", help="where data sets lie [data]")
-    return parser
+GROUPS = {
+    "data": {name: [name] for name in DATA},
+    "rows": {name: [name] for name in ALL_ROWS} | dict(all=ROWS, grid=GRID),
+    "columns": {name: [name] for name in (*ALL_COLUMNS, "pretrain")} | dict(all=COLUMNS, keep=KEEP)}
+# As FLAGS of dmae.py. Lists have commas.
+FLAGS = {
+    "data": ("fashion-mnist", "NAME,...", ", ".join(GROUPS["data"])),
+    "rows": ("mae,dmae,untrained", "ROW,...", ", ".join(GROUPS["rows"])),
+    "columns": (None, "COLUMN,...", f"{', '.join(GROUPS['columns'])} [knn,linear,1%]".replace(
+        "%", "%%")),                                                       # argparse wants it so
+    "seeds": ("0,1,2", "SEED,...", "whole numbers"),
+    "report": (False, bool, "print tables and draw figures, run nothing"),
+    "results": (str(RESULTS), "FILE", "lines of what has been measured"),
+    "runs": ("runs/study", "DIR", "where runs lie"),
+    "data_dir": ("data", "DIR", "where data sets lie"),
+}
 
 
 def main(argv=None):
-    """The command line; returns the tables, {name: Markdown}."""
-    parser = make_parser()
-    s = parser.parse_args(argv)
-    with one_line_errors(parser, {}):
-        folder = HERE / "figures" if Path(s.results) == RESULTS else Path(s.results).parent
-        if s.picture:
-            picture(s, s.data[0], folder / "study.png")
-            print(folder / "study.png")
-            return {}
+    """The command line; returns the tables, {name: Markdown}. Bad input: a line, exit status 2."""
+    with dmae.command_line("experiments.study", FLAGS, argv) as given:
+        s = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
         if not s.report:
-            run_all(s)
+            Path(s.results).touch()                  # that it can be written, now, not in an hour
+            for cell in cells(s):
+                run(s, *cell)
         lines = read(s.results)
-        if s.report and not lines:
-            raise InputError(f"--results {s.results}: there are no lines in it yet")
+        require(lines, f"--results {s.results}: there are no lines in it yet")
         out = tables(lines)
-        for name, table in out.items():
-            print(f"\n{name}\n\n{table}", end="")
+        print(*(f"\n{name}\n\n{table}" for name, table in out.items()), sep="", end="")
         if s.report:
-            print()
-            for name in figures(lines, folder):
-                print(folder / name)
-    return out
+            folder = HERE / "figures" if Path(s.results) == RESULTS else Path(s.results).parent
+            print("", *figures(lines, folder), sep="\n")
+        return out
+
+
+def chosen(flag, text):
+    """The names in a list with commas, each once, groups replaced by what is in them."""
+    known = GROUPS[flag]
+    for name in text.split(","):
+        require(name in known, f"--{flag} {name}: choose of {', '.join(known)}")
+    return list(dict.fromkeys(name for group in text.split(",") for name in known[group]))
 
 
 def cells(s):
-    """The cells that were asked for, in their order."""
-    def chosen(kind, names):
-        known = {name: [name] for name in [*ALL_ROWS, *ALL_COLUMNS, "pretrain"]}
-        groups = known | {name: list(group) for name, group in GROUPS[kind].items()}
-        return dict.fromkeys(name for group in names for name in groups[group])
-
-    for data, seed in itertools.product(s.data, s.seeds):
-        for row, column in itertools.product(chosen("rows", s.rows), chosen("columns", s.columns)):
-            if row != "scratch" or column in COLUMNS:        # there is nothing to pre-train or keep
-                yield data, row, seed, column
-
-
-def run_all(s):
-    """Run what is missing: first what no other process is at, then, waiting for it, the rest."""
-    if s.minutes is not None and not 1e-3 <= s.minutes < 10**6:
-        raise InputError(f"--minutes {s.minutes}: must be from 0.001 to 1000000")
-    if min(s.seeds) < 0:
-        raise InputError(f"--seeds {min(s.seeds)}: must be 0 or more")
-    s.commit, missing = commit(), list(cells(s))
-    with open(s.results, "a"):                       # that it can be written, now, not in an hour
-        pass
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    try:
-        if s.minutes is not None:
-            signal.signal(signal.SIGALRM, stop)
-            signal.setitimer(signal.ITIMER_REAL, 60 * s.minutes)
-        for wait in (False, True):
-            for cell in list(missing):
-                if run(s, *cell, wait):
-                    missing.remove(cell)
-    except (KeyboardInterrupt, SystemExit) as stopped:
-        # The programs end in 130 when interrupted; whatever else ended them has said why.
-        if isinstance(stopped, SystemExit) and stopped.code != 130:
-            raise
-        print(f"stopped, {len(missing)} cells are left: the same command goes on")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    """The cells that were asked for, in their order: (data, row, seed, column)."""
+    require(re.fullmatch(r"\d+(,\d+)*", s.seeds), f"--seeds {s.seeds}: write them as in 0,1,2")
+    rows, columns = chosen("rows", s.rows), chosen("columns", s.columns or "knn,linear,1%")
+    return [(data, row, seed, column) for data in chosen("data", s.data)
+            for seed in map(int, s.seeds.split(",")) for row in rows for column in columns
+            if row != "scratch" or column in COLUMNS]        # there is nothing to pre-train or keep
 
 
 if __name__ == "__main__":

@@ -1,0 +1,400 @@
+"""Tests of the experiments, run with all others by python -m pytest. They need no network and no
+data; what needs matplotlib or transformers is skipped where these are missing."""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import dmae
+import finetune
+from dmae import DMAE, MAE, ViT
+from experiments import analyze, loader, speed, study
+
+# torchvision announces the end of its decoders; the core does without them when it comes.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch, tmp_path):
+    """800 training and 80 test images in the place of 20,000 and 2,000; an empty folder."""
+    whole = data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: whole(count // 25, seed))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+def student_of(teacher, match="scores"):
+    """An untrained student of 32-pixel images, in a model with a teacher from a file."""
+    return DMAE(MAE(ViT(32, 4, 3, 32, 2, 4), 16, 1, 2), dmae.load_vit(teacher), match=match)
+
+
+@pytest.fixture
+def files():
+    """(a student.pth, the file of its teacher, the model that the first holds)."""
+    torch.manual_seed(1)
+    dmae.save_student(Path("teacher.pth"), MAE(ViT(64, 8, 3, 24, 3, 3), 16, 1, 2))
+    model = student_of("teacher.pth")
+    Path("run").mkdir()
+    dmae.save_student(Path("run/student.pth"), model)
+    return "run/student.pth", "teacher.pth", model
+
+
+def fails(program, words, argv, capsys):
+    """A program refuses a command line in one line that has these words, with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        program.main([str(word) for word in argv])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in error and error.count("\n") == 1, error
+
+
+# ========================================================================================= analysis
+
+
+def test_distance_and_entropy_against_loops():
+    """The class token's row and column do not count. Uniform attention on the paper's grid reaches
+    7.28 patches; looking at oneself has neither distance nor entropy."""
+    scores = torch.randn(1, 2, 7, 7)
+    found = analyze.distance_and_entropy(scores, (2, 3))
+    for head in range(2):
+        distance = entropy = 0.0
+        for q in range(6):
+            weights = [math.exp(scores[0, head, 1 + q, 1 + k]) for k in range(6)]
+            for k, weight in enumerate(weights):
+                a = weight / sum(weights)
+                distance += a * math.dist(divmod(q, 3), divmod(k, 3)) / 6
+                entropy -= a * math.log(a) / 6
+        assert found[:, 0, head].tolist() == pytest.approx([distance, entropy], rel=1e-5)
+    assert analyze.patch_distances((14, 14)).mean().item() == pytest.approx(7.28, abs=5e-3)
+    assert analyze.distance_and_entropy(200 * torch.eye(7)[None, None], (2, 3)).abs().max() < 1e-6
+
+
+def test_hsic_against_sums_over_distinct_samples():
+    """Song et al. 2012, before it is simplified: averages over distinct i, j, q, r."""
+    K, L = (analyze.gram(torch.randn(7, 3)) for _ in range(2))
+    pairs = [(K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q])).item()
+             for i, j, q, r in itertools.permutations(range(7), 4)]
+    assert analyze.hsic(torch.stack([K, L]))[0, 1].item() == pytest.approx(np.mean(pairs))
+
+
+def test_cka_of_rotations_scalings_and_noise():
+    x, y = torch.randn(2048, 24), torch.randn(2048, 40)
+    rotation, related = torch.linalg.qr(torch.randn(24, 24)).Q, x @ torch.randn(24, 40) + 3 * y
+    features = x, x @ rotation * 5 + 2, y, related
+    whole, batches = (analyze.cka(sum(
+        analyze.hsic(torch.stack([analyze.gram(part) for part in parts]))
+        for parts in zip(*(z.split(size) for z in features), strict=True))) for size in (2048, 64))
+    assert whole[0, 0] == pytest.approx(1) and whole[0, 1].item() == pytest.approx(1, abs=1e-5)
+    assert abs(whole[0, 2]) < 0.02 and 0.1 < whole[0, 3] < 0.9
+    assert (batches - whole).abs().max() < 0.02
+
+
+def test_measure_is_the_mean_over_images_whatever_the_pieces():
+    vits = [ViT(32, 8, 3, 24, 2, 3), ViT(48, 8, 3, 24, 3, 3)]
+    images = torch.randint(256, (16, 3, 20, 20), dtype=torch.uint8)
+    sources = [data.SmallSet(images, None, [], data.SETS["shapes"], vit.config["image_size"])
+               for vit in vits]
+    (small, large), cka = analyze.measure(vits, sources, torch.arange(16), batch=8, piece=3)
+    again, cka_again = analyze.measure(vits, sources, torch.arange(16), batch=8, piece=16)
+    assert small.shape == (2, 2, 3) and large.shape == (2, 3, 3) and cka.shape == (7, 7)
+    assert torch.allclose(again[1], large) and torch.allclose(cka, cka_again, atol=1e-5)
+    assert torch.allclose(cka.diagonal(), torch.ones(7, dtype=torch.float64))
+    seen, _ = next(sources[1].plain(torch.arange(16)))
+    tokens, scores = vits[1](seen, tokens_of=range(4), scores_of=[2])
+    expected = analyze.distance_and_entropy(scores[2], (6, 6)).mean(1)
+    assert torch.allclose(large[:, 1].float(), expected, atol=1e-5)
+    # The input of block 2 is what its norm1 hands on, patches only.
+    assert torch.equal(analyze.representations(vits[1], tokens)[1],
+                       vits[1].blocks[1].norm1(tokens[1])[:, 1:].flatten(1))
+
+
+def explored(*argv):
+    return analyze.main([*map(str, argv), "--batch-size", "5", "--workers", "0"])
+
+
+def test_an_analysis_leaves_numbers_and_figures(files, capsys):
+    pytest.importorskip("matplotlib")
+    student, teacher, model = files
+    numbers = explored(student, "--teacher", teacher, "--pictures", 2, "--out", "a")
+    saved = json.loads(Path("a/analysis.json").read_text())
+    assert saved == json.loads(json.dumps(numbers)) and saved["settings"]["images"] == 80
+    ours, theirs = saved["models"]
+    assert (ours["name"], theirs["name"]) == ("run", "teacher")
+    assert np.shape(ours["distance"]) == (2, 4) and np.shape(theirs["entropy"]) == (3, 3)
+    assert ours["entropy_uniform"] == pytest.approx(math.log(64))
+    assert np.shape(saved["cka"]["teacher | run"]) == (4, 3)
+    assert np.allclose(saved["mixers"]["run 2:3"], model.mixers["2:3"].detach())
+    errors = saved["scores"]["run"]
+    assert set(errors["masked"]) == {"zeros", "fitted", "learnt"} and errors["whole"]["mean_map"]
+    pictures = {path.name for path in Path("a").glob("*.png")}
+    assert pictures == set(saved["figures"]) == {f"{name}.png" for name in (
+        "distance", "entropy", "cka", "attention_class", "attention_patch", "mixer_run 2-3",
+        "scores_run")}
+    assert "images/s" in capsys.readouterr().out
+    for name in pictures:
+        picture = data.read_image(f"a/{name}").float()
+        assert min(picture.shape[1:]) > 100 and picture.std() > 10
+    fails(analyze, "holds an analysis", [student, "--out", "a"], capsys)
+
+
+def test_agreement_of_scores_is_the_distance_that_is_trained_on(files):
+    student, teacher, model = files
+    images, M = torch.randn(6, 3, 32, 32), model.mixers["2:3"].detach()
+    vit = dmae.load_vit(student)
+    found, (ours, mixed, theirs) = analyze.agreement(vit, teacher, images, M)
+    noise = torch.rand(6, 64, generator=torch.Generator().manual_seed(0))
+    expected = model(images[3:], model.student.choose(noise)[3:])["attn"].item()
+    assert found["masked"]["learnt"] == pytest.approx(expected, rel=1e-4)
+    assert torch.allclose(torch.einsum("ts,bsqk->btqk", M, ours), mixed, atol=1e-5)
+    seen = dmae.images_for(model.teacher, vit, images)
+    whole = model.teacher(seen, scores_of=[3])[1][3]
+    assert torch.equal(theirs, whole[:1])
+    mean_map = (whole[3:] - whole[:3].mean(0)).square().mean().item()
+    assert found["whole"]["mean_map"] == pytest.approx(mean_map, rel=1e-4)
+    # A teacher whose scores are a mixture of the student's own is fitted exactly.
+    mixed = torch.einsum("ts,bsqk->btqk", 2 * M, ours)
+    assert torch.allclose(analyze.fit_mixer(ours, mixed), 2 * M, atol=1e-3)
+
+
+def test_mixers_that_do_not_apply_are_not_used_and_said(files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    student, teacher, _ = files
+    Path("probs").mkdir()
+    dmae.save_student(Path("probs/student.pth"), student_of(teacher, match="probs"))
+    Path("run/config.json").write_text(json.dumps(dict(teacher_sha256="of another file")))
+    numbers = explored(student, "probs/student.pth", "--teacher", teacher)
+    output = capsys.readouterr().out
+    assert "probs: its M is not between the scores" in output
+    assert "run: distilled from another teacher" in output and "pip install matplotlib" in output
+    assert all("learnt" not in errors["masked"] for errors in numbers["scores"].values())
+
+
+def test_names_of_models_differ():
+    paths = ["a/x/student.pth", "b/x/student.pth", "x 2.pth.tar", "y.v1.pth", "y.v2.pth:3", "$.pth"]
+    assert analyze.names_of(paths) == ["x", "x 2", "x 2 2", "y.v1", "y.v2", "_"]
+
+
+def test_images_all_alike_have_no_cka(files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for i in range(8):
+        Image.new("RGB", (32, 32), "red").save(f"run/{i}.png")
+    numbers = explored(files[0], "--data", "run")
+    text = Path("analysis/analysis.json").read_text()
+    assert "NaN" not in text and math.isnan(numbers["cka"]["run | run"][0][0])
+    assert "CKA is undefined" in capsys.readouterr().out
+
+
+def test_bad_analysis_input_is_one_line(files, capsys):
+    student, *_ = files
+    content = torch.load(student, weights_only=True)
+    content["model"]["norm.bias"][0] = math.nan
+    torch.save(content, "nan.pth")
+    for words, *argv in (
+            ("neither a folder", student, "--data", "petz"), ("no file", "no.pth"),
+            ("run has 2 blocks", student, "--block", 3), ("not finite", "nan.pth"),
+            ("from --batch-size, 64", student, "--images", 4),
+            ("of the 80 that", student, "--images", 99), ("4 to", student, "--batch-size", 3),
+            ("inside the data", student, "--data", "run", "--out", "run/a"),
+            ("File exists: 'nan.pth'", student, "--out", "nan.pth"),
+            ("are missing", "--seed", 1), ("device", student, "--device", "toaster")):
+        fails(analyze, words, argv, capsys)
+    assert not Path("analysis").exists()
+
+
+# ============================================================================================ speed
+
+
+def test_counted_costs_are_those_of_the_hand_count():
+    """Of the paper's models; 2 for a multiply-add. Teacher 8.05 GFLOP, student 1.69, decoder 0.27:
+    only kept patches are embedded, and of the teacher's last block there are queries and keys."""
+    s = argparse.Namespace(task="dmae", student="tiny", teacher="base", image_size=224,
+                           patch_size=16, compile=False, device="cpu", amp="off")
+    run, ids = dmae.Run(s, None), torch.rand(4, 196).argsort(dim=1)[:, :49]
+    operations, _ = speed.costs(s, run, torch.randn(4, 3, 224, 224), ids)
+    assert operations / 1e9 == pytest.approx(8.05 + 1.69 + 0.27, abs=0.02)
+    s.task = "finetune"
+    operations, kept = speed.costs(s, run, torch.randn(4, 3, 224, 224), torch.arange(4))
+    assert operations / 1e9 == pytest.approx(7.46, abs=0.01)
+    # Of a block: what goes into its halves, two norms, qkv, attention, MLP: 16 numbers of 4 bytes.
+    assert kept / (12 * 197 * 192 * 4) == pytest.approx(16, rel=0.05)
+
+
+def test_the_plain_way_computes_the_same(capsys, monkeypatch):
+    monkeypatch.setattr(speed, "best_product", lambda *_: 1e11)               # it takes seconds
+    small = "--student nano --image-size 32 --patch-size 8 --against plain --batch-size"
+    ours, plain = lines = speed.main(
+        f"--teacher micro {small} 6 --micro-batch 4 --steps 2".split())
+    assert ours["first_loss"] == pytest.approx(plain["first_loss"], rel=1e-4)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    share = ours["gflop_per_image"] * ours["images_per_second"] / 100
+    assert ours["share_of_best_product"] == pytest.approx(share, abs=0.002, rel=0.1) and share > 0
+    assert ours["ms_10"] <= ours["ms_per_step"] <= ours["ms_90"]
+    for task in ("mae", "finetune"):
+        ours, plain = speed.main(f"--task {task} {small} 4 --amp bf16 --steps 1".split())
+        assert ours["first_loss"] == pytest.approx(plain["first_loss"], rel=0.02)
+        assert ours["task"] == task and ours["teacher"] is None
+    fails(speed, "not for this task", ["--against", "hf", "--task", "mae"], capsys)
+    fails(speed, "no multiple", ["--image-size", "30"], capsys)
+
+
+def test_hugging_faces_way_is_given_the_same_images_and_noise():
+    pytest.importorskip("transformers", minversion="5")
+    s = argparse.Namespace(task="dmae", student="nano", teacher="micro", image_size=32,
+                           patch_size=8, compile=False)
+    model, _ = speed.build("hf", s, torch.device("cpu"))
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    hidden = model.teacher(images, noise=noise, output_hidden_states=True).hidden_states[-2]
+    scores = model.scores(model.teacher, hidden)
+    model.teacher.set_attn_implementation("eager")
+    attention = model.teacher(images, noise=noise, output_attentions=True).attentions[-1]
+    assert torch.allclose(scores.softmax(dim=-1), attention, atol=1e-5)
+    assert model(images, noise)["loss"].requires_grad
+
+
+def test_loader_measures_photograph_like_files(capsys):
+    loader.make_photographs(".", 2)
+    assert Image.open("class0/0.jpg").size == (500, 375)
+    line = loader.main(["--data", ".", "--images", "2", "--rounds", "1"])
+    assert line == json.loads(capsys.readouterr().out) and 60 < line["mean_kilobytes"] < 110
+    fails(loader, "two or more folders", ["--data", "class0"], capsys)
+    fails(loader, "from 1 to", ["--rounds", "0"], capsys)
+
+
+# ============================================================================================ study
+
+
+def test_a_difference_counts_beyond_two_standard_errors():
+    tops = {"mae": [0.70, 0.74, 0.78], "dmae": [0.72, 0.77, 0.80], "untrained": [0.71, 0.74, 0.80],
+            "mae-long": [0.71, 0.77, 0.80], "every": [0.80, 0.841], "probs": [0.9]}
+    lines = [dict(data="fashion-mnist", row=row, seed=seed, column="1%", top1=top1, minutes=1.0)
+             for row, seeds in tops.items() for seed, top1 in enumerate(seeds)]
+    table = study.tables(lines)["fashion-mnist: difference from MAE (± standard error)"]
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1].rstrip(" |") for line in
+             table.splitlines()[2:]}
+    # 2, 3 and 2 points: their mean, deviation / sqrt(3). Paired t-tests have p = 0.020, 0.23,
+    # 0.074; two seeds decide nothing, and one has no error.
+    assert cells == {
+        "D-MAE, last block": "+2.33 ± 0.33 **", "D-MAE, untrained teacher": "+1.00 ± 0.58",
+        "MAE, as long as D-MAE and its teacher": "+2.00 ± 0.58 *",
+        "D-MAE, all blocks": "+10.05 ± 0.05 (2)"}
+
+
+def test_every_cell_can_be_asked_of_the_programs():
+    """Different cells have different command lines, but that a probe on held-out images is asked
+    for as the one on test images."""
+    s, seen = argparse.Namespace(
+        runs="runs", data_dir="data", data=",".join(study.DATA), rows=",".join(study.ALL_ROWS),
+        seeds="0", columns=",".join([*study.ALL_COLUMNS, "pretrain"])), set()
+    cells = study.cells(s)
+    for cell in cells:
+        program, argv = study.command(s, *cell)
+        with dmae.command_line("study", program.FLAGS, argv) as given:
+            assert given["data"] == cell[0] and (
+                program is dmae or finetune.defaults_for(given))
+        seen.add((cell[3] == "held-out", *argv))
+    assert len(seen) == len(cells) == len(study.DATA) * (
+        (len(study.ALL_ROWS) - 1) * (len(study.ALL_COLUMNS) + 1) + len(study.COLUMNS))
+
+
+@pytest.fixture
+def small_study(monkeypatch):
+    size = "--student nano --train-images 64 --batch-size 32"
+    monkeypatch.setattr(study, "DATA", {"shapes": dict(
+        teacher=f"--epochs 2 {size}", student=f"--epochs 1 {size}", tuning=(1, 1, 1), long=2,
+        better=3)})
+    monkeypatch.setattr(study.held_out, "__defaults__", (100,))
+
+    return lambda rows, columns, *more: [
+        "--runs", "my runs", "--results", "lines", "--data", "shapes", "--seeds", "0", "--rows",
+        rows, "--columns", columns, *more]
+
+
+def lines_after(argv):
+    study.main(argv)
+    return study.read("lines")
+
+
+def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, capsys):
+    lines = lines_after(small_study("mae,dmae,untrained", "pretrain"))
+    assert [(line["row"], line["column"], line["images"]) for line in lines] == [
+        ("mae", "pretrain", 64), ("teacher", "pretrain", 128), ("dmae", "pretrain", 64),
+        ("untrained-teacher", "pretrain", 0), ("untrained", "pretrain", 64)]
+    assert [x["epoch"] for x in lines[1]["curve"]] == [0, 1, 2] and lines[2]["curve"][1]["attn"] > 0
+    assert all(line["command"].startswith("python dmae.py --teacher") for line in lines)
+    assert lines_after(small_study("mae,dmae,untrained", "pretrain")) == lines
+    # Lines that are lost: what is there is resumed, not computed again; what was begun and has no
+    # checkpoint begins anew.
+    whole = Path("lines").read_text().splitlines(keepends=True)
+    Path("lines").write_text("".join(whole[:2]))
+    folder = Path("my runs/shapes/dmae/0/pretrain")
+    age = (folder / "checkpoint.pth").stat().st_mtime_ns
+    Path("my runs/shapes/untrained/0/pretrain/checkpoint.pth").unlink()
+    again = lines_after(small_study("dmae,untrained", "pretrain"))
+    assert (folder / "checkpoint.pth").stat().st_mtime_ns == age
+    for key in ("row", "curve", "student_sha256"):
+        assert [line[key] for line in again] == [line[key] for line in lines]
+    # Where the data lie makes no difference; other settings do, in a line and in a run.
+    assert lines_after(small_study("mae", "pretrain", "--data-dir", "elsewhere")) == again
+    study.DATA["shapes"]["student"] += " --blr 1e-3"
+    fails(study, "not measured with --blr 1e-3", small_study("mae", "pretrain"), capsys)
+    Path("lines").write_text("".join(whole[1:2]))
+    fails(study, "a run with other settings", small_study("mae", "pretrain"), capsys)
+
+
+def test_a_study_measures_its_own_students(small_study, monkeypatch, capsys):
+    probed, probe = [], finetune.linear_probe
+    monkeypatch.setattr(finetune, "linear_probe", lambda *x: probed.append(x) or probe(*x))
+    pretrain, *measured = lines_after(small_study("mae", "knn,linear,held-out"))
+    for line, images in zip(measured, (800, 800, 700), strict=True):
+        assert line["train_images"] == images and 0 <= line["top1"] <= 1
+        assert line["student_sha256"] == pretrain["student_sha256"]
+    # Tested on training images: the first of a fixed order, which are not trained on.
+    labels = data.draw_shapes(20_000, seed=1)[1]
+    order = torch.randperm(800, generator=torch.Generator().manual_seed(0))
+    _, (_, train), (_, test) = probed[-1]
+    assert torch.equal(test, labels[order[:100].sort().values])
+    assert torch.equal(train, labels[order[100:].sort().values])
+    *_, scratch = lines_after(small_study("scratch", "1%"))
+    assert scratch["row"] == "scratch" and "student_sha256" not in scratch
+    # A student that is not the one of its line is not measured.
+    Path("my runs/shapes/mae/0/pretrain/student.pth").write_bytes(b"another")
+    fails(study, "is not there, or not that of lines", small_study("mae", "1%"), capsys)
+
+
+def test_a_report_draws_curves():
+    pytest.importorskip("matplotlib")
+    for made in study.figures(study.read(), Path()):
+        assert min(data.read_image(made).shape[1:]) > 100
+    assert {path.name for path in Path().iterdir()} == {
+        "study_fashion-mnist.png", "study_shapes.png"}
+
+
+def test_bad_input_to_a_study_is_one_line(capsys):
+    for words, *argv in (
+            ("write them as in 0,1,2", "--seeds", "-1"), ("best: choose of", "--rows", "mae,best"),
+            ("line 1 is not one", "--results", dmae.__file__, "--report"),
+            ("no lines in it yet", "--results", "nowhere", "--report"),
+            ("No such file or directory", "--results", "no/folder")):
+        fails(study, words, argv, capsys)
+
+
+def test_tables_of_the_texts_are_those_of_the_lines():
+    lines, here = study.read(), study.HERE
+    assert len({(x["data"], x["row"], x["seed"], x["column"],
+                 "again" in x and x["student_sha256"]) for x in lines}) == len(lines) > 0
+    full = (here / "STUDY.md").read_text(encoding="utf-8")
+    for name, table in study.tables(lines).items():
+        assert table in full, f"write this one into STUDY.md: {name}\n{table}"
+    readme = (here.parent / "README.md").read_text(encoding="utf-8")
+    table = study.headline(lines, "fashion-mnist")
+    assert table in readme, f"write this one into README.md:\n{table}"
+    s = argparse.Namespace(results=study.RESULTS, runs="runs", data_dir="data")
+    assert study.line_of(s, *(lines[1][key] for key in ("data", "row", "seed", "column")))
