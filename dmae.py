@@ -762,8 +762,8 @@ def settings_of(given, flags, source, defaults_for):
         defaults = {name: flag[0] for name, flag in flags.items()}
         return argparse.Namespace(**defaults | defaults_for(given) | given)
     out, movable = given["resume"], {"resume", source, "data", "data_dir", "workers"}
-    require(given.keys() <= movable, "--resume takes all settings from the run: leave out "
-            + ", ".join(sorted(given.keys() - movable)))
+    require(given.keys() <= movable, "--resume takes all settings from the run: leave out --"
+            + ", --".join(sorted(given.keys() - movable)).replace("_", "-"))
     try:
         saved = json.loads((Path(out) / "config.json").read_text())
         sha256, settings = saved[f"{source}_sha256"], saved["settings"] | given | dict(out=out)
@@ -783,7 +783,7 @@ def defaults_for(given):
     require(teacher or name == "shapes", "--teacher is missing: FILE (weights of a ViT), none "
             "(plain MAE) or self (pre-train one first)")
     about = given.keys() & {"layers", "match", "alpha", "decoupled"}
-    require(teacher != "none" or not about, f"{', '.join(about)}: not with --teacher none")
+    require(teacher != "none" or not about, f"--{', --'.join(about)}: not with --teacher none")
     row = SETS.get(name, FOLDER) | RECIPES.get(name, RECIPES["folder"])
     if name == "shapes" and teacher not in (None, "none", "self") and load_vit(teacher).width > 511:
         row |= dict(train_images=4000, epochs=4)            # it costs far more than the student
@@ -804,8 +804,8 @@ def new_model(s, teacher):
         PRESETS[s.student][1], (s.decoder_width, s.decoder_depth, s.decoder_heads))]
     student = MAE(encoder, *decoder, s.mask_ratio, s.norm_pix,
                   decode_after=max(1, 2 * encoder.depth // 3) if s.decoupled else None)
-    require(re.fullmatch(r"(\d+:\d+(,(?=\d)|$))*", s.layers or ""), f"--layers {s.layers}: write "
-            "pairs STUDENT:TEACHER, as in 2:4,4:6")
+    require(s.layers is None or re.fullmatch(r"(\d+:\d+(,(?=\d)|$))+", s.layers), f"--layers "
+            f"{s.layers}: write pairs STUDENT:TEACHER, as in 2:4,4:6")
     layers = [(int(i), int(j)) for i, j in re.findall(r"(\d+):(\d+)", s.layers or "")]
     return DMAE(student, teacher, layers, s.match, s.alpha, s.decoupled) if teacher else student
 
