@@ -1375,7 +1375,7 @@ def test_resume_refuses_what_is_not_its_own(folder, tmp_path, capsys):
     save_student(teacher, MAE(ViT(32, 8, 3, 24, 3, 3), 16, 1, 2))
     out = main(arguments(images, teacher, "--epochs 1", tmp_path / "a"))
     before, resume = files_in(out), ["--resume", out]
-    fails([*resume, "--out", tmp_path, "--alpha", 2, "--epochs", 1], "alpha, epochs, out", capsys)
+    fails([*resume, "--out", tmp_path, "--alpha", 2, "--epochs", 1], "--alpha, --epochs, --out", capsys)
     fails(["--resume", tmp_path], "no run of this program is there", capsys)
     fails(resume, "no run of this program is there", capsys, finetune)
     for other in ("none", "self", f"{out}/student.pth"):
@@ -1522,7 +1522,7 @@ BAD = {
     "--crop-scale 0": "from 0.001", "--decoder-heads 5": "must divide",
     "--amp fp16": "needs a CUDA",
     "--decoder-width 6": "multiple of 4", "--device toaster": "toaster cannot be used",
-    "--device meta": "meta cannot be used", "--resume empty": "leave out batch_size, blr"}
+    "--device meta": "meta cannot be used", "--resume empty": "leave out --batch-size, --blr"}
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -1703,7 +1703,7 @@ def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder
         resumed = finetune.main(resume)
         assert equal(tuned(resumed), tuned(fine)) and same_log(out, fine["out"])
         assert resumed["top1"] == fine["top1"] and resumed["minutes"] > before
-    fails([*resume, "--mixup", 0.3], "leave out mixup", capsys, finetune)
+    fails([*resume, "--mixup", 0.3], "leave out --mixup", capsys, finetune)
     fails([*resume, "--init", fine["out"] + "/model.pth"], "not what the run", capsys, finetune)
     moved = init.rename(tmp_path / "moved.pth")
     fails(resume, "student.pth", capsys, finetune)
