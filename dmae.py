@@ -612,7 +612,7 @@ def pretrain(s):
     """One run with the settings `s`, a Namespace; returns its folder."""
     run = Run(s, "teacher")
     teacher = (None if s.teacher == "none" else new_vit(s.teacher_preset, s) if s.teacher == "self"
-               else load_vit(s.teacher))           # of self an untrained one, to check settings with
+               else load_vit(s.teacher))        # of self an untrained one, to check settings with
     model = new_model(s, teacher)
     train, test = run.open_data(vars(s), (s.image_size, s.image_size), s.train_images)
     steps, local, share = run.divide(len(train))

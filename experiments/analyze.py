@@ -16,7 +16,6 @@ import json
 import math
 import re
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -400,9 +399,7 @@ def analyze(s):
     out.mkdir(parents=True, exist_ok=True)
     sample = torch.randperm(len(sources[0]), generator=torch.Generator().manual_seed(s.seed))
 
-    began = time.perf_counter()
     means, similarity = measure(vits, sources, sample[:count], s.batch_size)
-    seconds = time.perf_counter() - began
     models = [dict(
         name=name, file=path, sha256=dmae.file_hash(path), description=vit.description,
         grid=list(vit.grid), patch_size=vit.config["patch_size"], distance=mean[0].tolist(),
@@ -431,8 +428,6 @@ def analyze(s):
     table(models, between, agreements, reference=names[-1])
     if not torch.isfinite(similarity).all():
         print("CKA is undefined where all images look alike to a block: null in analysis.json")
-    print(f"{count} images through {len(vits)} encoders in {seconds:.1f} s: "
-          f"{count * len(vits) / seconds:.0f} images/s")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
