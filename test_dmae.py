@@ -1375,7 +1375,8 @@ def test_resume_refuses_what_is_not_its_own(folder, tmp_path, capsys):
     save_student(teacher, MAE(ViT(32, 8, 3, 24, 3, 3), 16, 1, 2))
     out = main(arguments(images, teacher, "--epochs 1", tmp_path / "a"))
     before, resume = files_in(out), ["--resume", out]
-    fails([*resume, "--out", tmp_path, "--alpha", 2, "--epochs", 1], "--alpha, --epochs, --out", capsys)
+    fails([*resume, "--out", tmp_path, "--alpha", 2, "--epochs", 1], "--alpha, --epochs, --out",
+          capsys)
     fails(["--resume", tmp_path], "no run of this program is there", capsys)
     fails(resume, "no run of this program is there", capsys, finetune)
     for other in ("none", "self", f"{out}/student.pth"):
