@@ -199,7 +199,7 @@ FLAGS = {
     "block": (None, (int, 0, 1000), "linear and knn take the tokens after block K [the last]"),
     "pool": ("mean", ("mean", "cls"), "of patch tokens, or the class token"),
     "bank": (None, (int, 1, 10**9), "training images that k-NN looks among [all]"),
-    "recipe": (None, ("imagenet", "transfer", "cifar", "small"), "[by data set]"),
+    "recipe": (None, ("imagenet", "transfer", "cifar", "small"), "row of RECIPES [by data set]"),
     "optimizer": (None, ("adamw", "sgd"), "sgd has Nesterov momentum 0.9 [recipe]"),
     "epochs": (None, (int, 1, 10**6), "more for fewer labels [recipe]"),
     "warmup_epochs": (None, (float, 0, 10**6), "linear [the recipe's share of the epochs]"),
