@@ -86,6 +86,7 @@ class Block(nn.Module):
         x = x + update
         return x + self.mlp(self.norm2(x)), queries_and_keys
 
+
 class ViT(nn.Module):
     """Vision transformer: the student's encoder, the teacher, later the classifier. Parameter names
     are timm's. image_size: a side or (height, width). mean, std: how its images are normalised."""
@@ -120,7 +121,7 @@ class ViT(nn.Module):
         {i: scores of block i, (b, h, 1 + k, 1 + k) float32} for i in scores_of).
 
         Nothing past that is computed: of a frozen teacher's last block, queries and keys alone."""
-        last_tokens, last = max(tokens_of, default=0), max(*tokens_of, *scores_of, 0, 0)
+        last, last_tokens = max([0, *tokens_of, *scores_of]), max([0, *tokens_of])
         x, scores = self.embed(images, ids_keep), {}                                  # b 1+k c
         tokens = {0: x} if 0 in tokens_of else {}
         for i, block in enumerate(self.blocks[:last], start=1):
