@@ -705,7 +705,7 @@ FLAGS = {
     "mask_ratio": (0.75, (float, 0, 1), "share of patches hidden; a lower one is slower"),
     "norm_pix": (True, bool, "predict normalised patches; plain ones make nicer pictures"),
     "layers": (None, "S:T,...", "student and teacher blocks to match, from 1 [the last of each]"),
-    "match": ("scores", MATCHES, "scores; probs, after the softmax (raise --alpha); or tokens"),
+    "match": ("scores", MATCHES, "scores; probs: after the softmax, raise --alpha; hidden: tokens"),
     "alpha": (1.0, (float, 0, 1e9), "weight of the distillation loss; at 0 it is only logged"),
     "decoupled": (False, bool, "D2-MAE: an extra block meets the teacher, the decoder reads below"),
     "decoder_width": (None, (int, 1, 10**5), "half the encoder's is enough [preset]"),
