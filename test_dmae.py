@@ -1542,6 +1542,7 @@ def test_recipes_of_the_paper():
     # The warm-up keeps its share of the epochs.
     s = settings(finetune, data="cifar100", init="x.pth", recipe="imagenet", epochs=3)
     assert (s["recipe"], s["epochs"], s["blr"], s["warmup_epochs"]) == ("imagenet", 3, 1e-3, 0.05)
+    assert settings(finetune, init="x.pth", epochs=2, warmup_epochs=2)["warmup_epochs"] == 2
 
 
 def test_layer_decay_and_weight_decay_of_every_parameter_of_tiny():
