@@ -735,7 +735,9 @@ def command_line(prog, flags, argv):
                 return kind(text)
         raise argparse.ArgumentTypeError(f"{text}: must be {kind.__name__}, from {least} to {most}")
 
-    parser = argparse.ArgumentParser(prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog="[set], [preset], "
+        "[recipe]: from RECIPES and PRESETS in dmae.py, RECIPES in finetune.py")
     parser.error = lambda error: parser.exit(2, f"{prog}: error: {' '.join(str(error).split())}\n")
     for name, (default, kind, text) in flags.items():
         options = (dict(action=argparse.BooleanOptionalAction) if kind is bool
