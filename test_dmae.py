@@ -798,6 +798,10 @@ def test_shapes_are_balanced_and_seeded_and_pixels_tell_little():
             3 * 0.34 * 1.7, 9 * math.pi * 0.22**2, 1.7**2 / 2), strict=True):
         drawn = (data.figure_distance(figure, u, v) < 0).float().mean().item() * 4
         assert drawn == pytest.approx(area, abs=1e-3), figure
+    # Red of the four quarters of the first images: those of the committed results.
+    quarters = F.avg_pool2d(data.draw_shapes(20, 1)[0][:3, :1].float(), 16).flatten()
+    assert quarters.tolist() == pytest.approx(
+        [128, 116, 99, 105, 167, 163, 165, 149, 116, 106, 155, 112], abs=1)
     assert not torch.equal(images, other[0]) and not torch.equal(labels, other[1])
     data.draw_shapes.cache_clear()
     assert all(map(torch.equal, (images, labels), data.draw_shapes(500, 1)))
