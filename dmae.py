@@ -12,7 +12,8 @@ flags, folder, log, k-NN, pictures.
 
 Shapes in comments and einops patterns: b batch, n patches, k kept (visible) patches, h heads,
 d width of a head, c width of the tokens, p side of a patch, s and t heads of student and teacher.
-A mask holds 1 where a patch is hidden. Blocks count from 1, as in the paper.
+ch channels, gh x gw the grid of patches. A mask holds 1 where a patch is hidden. Blocks count from
+1, as in the paper (in the names of tensors from 0, as in timm).
 """
 
 import argparse
@@ -52,7 +53,7 @@ def attention_scores(q, k):
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        require(heads > 0 and width % heads == 0, f"width {width}, and {heads} heads: must divide")
+        require(heads > 0 and width % heads == 0, f"{heads} heads: must divide width {width}")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         return self.proj(out), (q, k)
 
     def queries_and_keys(self, x):
-        """The same, touching neither values nor the output projection: 2 of (b, h, n, d)."""
+        """Queries and keys alone, (b, h, n, d) each, without values and output projection."""
         rows = 2 * self.qkv.in_features                                  # q and k come first in qkv
         qk = F.linear(x, self.qkv.weight[:rows], self.qkv.bias[:rows])
         return rearrange(qk, "b n (two h d) -> two b h n d", two=2, h=self.heads)
@@ -96,13 +97,13 @@ class ViT(nn.Module):
         super().__init__()
         sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
         require(patch_size > 0 and all(side > 0 and side % patch_size == 0 for side in sides),
-                f"image size {sides[0]} x {sides[1]}: no multiple of patch size {patch_size}")
+                f"image size {sides[0]} x {sides[1]}: not a multiple of patch size {patch_size}")
         self.config = dict(
             image_size=sides, patch_size=patch_size, channels=channels, width=width, depth=depth,
             heads=heads, mean=list(mean), std=list(std))
         self.grid = (sides[0] // patch_size, sides[1] // patch_size)
         self.width, self.depth = width, depth
-        # What a pixel means to this network; not weights, hence in no file of weights.
+        # How its images are normalised; not weights, hence in no file of weights.
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -114,18 +115,20 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialise(self)
+        nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, images, ids_keep=None, tokens_of=(), scores_of=()):
-        """images: (b, channels, height, width), normalised; ids_keep: (b, k) visible patches, None
-        for all -> ({i: tokens after block i, (b, 1 + k, c)} for i in tokens_of, 0 the embedding,
-        {i: scores of block i, (b, h, 1 + k, 1 + k) float32} for i in scores_of).
+        """images: (b, ch, height, width), normalised; ids_keep: (b, k) visible patches, None: all.
 
-        Nothing past that is computed: of a frozen teacher's last block, queries and keys alone."""
-        last, last_tokens = max([0, *tokens_of, *scores_of]), max([0, *tokens_of])
+        Returns (tokens, scores), dictionaries by block: tokens (b, 1 + k, c) after the blocks in
+        `tokens_of`, 0 being the embedding; scores (b, h, 1 + k, 1 + k), float32, of those in
+        `scores_of`. It stops at the last block asked for; of that, if only its scores are, it
+        computes queries and keys alone."""
+        last = max([0, *tokens_of, *scores_of])
         x, scores = self.embed(images, ids_keep), {}                                  # b 1+k c
         tokens = {0: x} if 0 in tokens_of else {}
         for i, block in enumerate(self.blocks[:last], start=1):
-            if i == last > last_tokens:
+            if i == last and i not in tokens_of:
                 q, k = block.attn.queries_and_keys(block.norm1(x))                    # b h 1+k d
             else:
                 x, (q, k) = block(x)                                                  # b 1+k c
@@ -175,14 +178,17 @@ class MAE(nn.Module):
                  norm_pix=True, decode_after=None):
         super().__init__()
         self.encoder, self.norm_pix = encoder, norm_pix
-        self.decode_after = decode_after or encoder.depth
+        self.decode_after = encoder.depth if decode_after is None else decode_after
         self.config = dict(
             decoder_width=decoder_width, decoder_depth=decoder_depth, decoder_heads=decoder_heads,
             mask_ratio=mask_ratio, norm_pix=norm_pix, decode_after=self.decode_after)
         self.patches = math.prod(encoder.grid)
-        require(1 <= self.patches * (1 - mask_ratio) + 1e-9 < self.patches, f"mask ratio "
-                f"{mask_ratio}: of {self.patches} patches, one must be visible and one hidden")
-        self.kept = int(self.patches * (1 - mask_ratio) + 1e-9)
+        require(0 <= self.decode_after <= encoder.depth, f"decode_after {decode_after}: there are "
+                f"{encoder.depth} blocks")
+        kept = self.patches * (1 - mask_ratio) + 1e-9                      # 1 - 0.9 is below 0.1
+        require(1 <= kept < self.patches, f"mask ratio {mask_ratio}: of {self.patches} patches, "
+                "one must be visible and one hidden")
+        self.kept = int(kept)
 
         numbers = encoder.config["patch_size"] ** 2 * encoder.config["channels"]
         self.decoder_embed = nn.Linear(encoder.width, decoder_width)
@@ -212,18 +218,19 @@ class MAE(nn.Module):
         return noise.argsort(dim=1)[:, :self.kept]
 
     def decode(self, tokens, ids_keep):
-        """tokens: (b, 1 + k, c) of block `decode_after` -> prediction (b, n, p * p * channels)."""
+        """tokens: (b, 1 + k, c) of block `decode_after`, before the encoder's norm -> prediction
+        (b, n, p * p * ch)."""
         x = self.decoder_embed(self.encoder.norm(tokens))                             # b 1+k c
-        hidden = self.mask_token.to(x.dtype).expand(len(x), self.patches, -1)         # b n c
+        masked = self.mask_token.to(x.dtype).expand(len(x), self.patches, -1)         # b n c
         index = ids_keep[..., None].expand(-1, -1, x.shape[-1])                       # b k c
-        patches = hidden.scatter(1, index, x[:, 1:])                                  # b n c
+        patches = masked.scatter(1, index, x[:, 1:])                                  # b n c
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed            # b 1+n c
         for block in self.decoder_blocks:
             x, _ = block(x)                                                           # b 1+n c
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]                         # b n (p p ch)
 
     def target(self, images):
-        """To be predicted, (b, n, p * p * channels); each patch's mean and deviation, (b, n, 1)."""
+        """The target (b, n, p * p * ch); each patch's mean and deviation, (b, n, 1)."""
         target = self.encoder.patchify(images.float())
         mean, std = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return (target - mean) / std if self.norm_pix else target, mean, std
@@ -251,7 +258,8 @@ class DMAE(nn.Module):
     and a loss for each pair. match: "scores", the attention maps before the softmax, class token
     included (the paper's L_attn); "probs", after it; "hidden", the blocks' output tokens.
     decoupled: D2-MAE, an extra block of the student meets the teacher's last; build the student's
-    MAE with an earlier decode_after. Raises InputError for settings that do not fit."""
+    MAE with an earlier decode_after. loss = L_mae + alpha * the sum over pairs of L_attn. Raises
+    InputError for settings that do not fit."""
 
     def __init__(self, student, teacher, layers=None, match="scores", alpha=1.0, decoupled=False):
         super().__init__()
@@ -260,7 +268,7 @@ class DMAE(nn.Module):
         self.layers = list(layers or [(encoder.depth + decoupled, teacher.depth)])
         check_distillation(self, teacher, layers, decoupled)
         self.extra = None
-        if decoupled:                     # of this block, norm1, queries and keys are all there is
+        if decoupled:        # norm1, queries and keys are used, the value rows of qkv lie idle
             self.extra = Block(encoder.width, encoder.config["heads"])
             initialise(self.extra)
             del self.extra.attn.proj, self.extra.norm2, self.extra.mlp
@@ -309,7 +317,7 @@ class DMAE(nn.Module):
                 return F.mse_loss(F.linear(A_S, M), A_T)
             if self.match == "probs":
                 A_S, A_T = A_S.softmax(dim=-1), A_T.softmax(dim=-1)
-            return F.mse_loss(einsum(M, A_S, "t s, b s q k -> b t q k"), A_T)
+            return F.mse_loss(einsum(M, A_S, "t s, b s i j -> b t i j"), A_T)
 
     def _apply(self, *args, **kwargs):               # what .to(), .cuda(), .float() go through
         self.teacher._apply(*args, **kwargs)
@@ -334,14 +342,11 @@ def sincos_positions(width, grid):
 
 
 def initialise(module):
-    """Xavier-uniform for every Linear and for the patch embedding, biases 0, tokens N(0, 0.02)."""
+    """Xavier-uniform for every Linear and for the patch embedding, biases 0."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(m.weight.data.flatten(1))
             nn.init.zeros_(m.bias)
-    for name, p in module.named_parameters():
-        if name.endswith(("cls_token", "mask_token")):
-            nn.init.normal_(p, std=0.02)
 
 
 def resize_grid(vit, grid):
@@ -455,7 +460,8 @@ def load_vit(path, heads=None):
         4. the caller: `heads`, or written behind the path, "x.pth:3"
 
     Raises InputError for heads that contradict this, and for any tensor that is missing, does not
-    fit, or is neither the encoder's nor of a kind known to be unused."""
+    fit, or is neither the encoder's nor of a kind known to be unused. `others` of the result holds
+    what else a fine-tuned classifier's file has, its head."""
     path, heads = split_heads(path, heads)
     content = read_weights(path)
     require(not {"images", "optimizer"} <= content.keys(), f"{path} is a checkpoint to resume "
@@ -471,7 +477,8 @@ def load_vit(path, heads=None):
             name = re.sub(pattern, new, name)
         require(name not in state, f"{path} holds {name} twice, under different prefixes")
         (others if name.startswith(UNUSED) else state)[name] = value
-        prefixes |= {prefix.replace("_orig_mod.", "")} if name in state else set()
+        if name in state:
+            prefixes.add(prefix.replace("_orig_mod.", ""))
 
     # 2. What differs between layouts.
     for name in [n for n in state if ".attn.q." in n]:                 # Hugging Face: three tensors
@@ -612,8 +619,9 @@ def epoch_order(images, s, epoch):
 def pretrain(s):
     """One run with the settings `s`, a Namespace; returns its folder."""
     run = Run(s, "teacher")
+    # With self an untrained one stands in at first, so that bad settings fail early.
     teacher = (None if s.teacher == "none" else new_vit(s.teacher_preset, s) if s.teacher == "self"
-               else load_vit(s.teacher))        # of self an untrained one, to check settings with
+               else load_vit(s.teacher))
     model = new_model(s, teacher)
     train, test = run.open_data(vars(s), (s.image_size, s.image_size), s.train_images)
     steps, local, share = run.divide(len(train))
@@ -647,13 +655,14 @@ def pretrain(s):
         meter = Meter(run, epoch, steps)
         order = epoch_order(len(train), s, epoch)[:, share]
         for i, (images, _) in enumerate(train.batches(order, epoch)):
-            # The random numbers of a step are drawn for the whole batch and then divided, so that
-            # they do not depend on who computes what.
+            # The random numbers of a step are drawn for the whole batch, and each process takes its
+            # share, so that they do not depend on who computes what.
             step, device = epoch * steps + i, run.device
             generator = torch.Generator(device).manual_seed(seed_of(s.seed, 1, step))
             noise = torch.rand(s.batch_size, student.patches, device=device, generator=generator)
             draws = student.choose(noise), *train.draw(s.batch_size, generator)
             parts = [x.split(s.micro_batch or local) for x in (images, *(x[share] for x in draws))]
+            # Made as they are needed: micro-batches of (augmented images, visible patches).
             pieces = ((train.augment(part, *draw), ids) for part, ids, *draw in zip(*parts))
             lr = learning_rate(step, total, warmup, peak)
             meter.add(train_step(replica, optimizer, run.scaler, lr, pieces, local, run.autocast))
@@ -789,8 +798,9 @@ def defaults_for(given):
     about = given.keys() & {"layers", "match", "alpha", "decoupled"}
     require(teacher != "none" or not about, f"--{', --'.join(about)}: not with --teacher none")
     row = SETS.get(name, FOLDER) | RECIPES.get(name, RECIPES["folder"])
-    if name == "shapes" and teacher not in (None, "none", "self") and load_vit(teacher).width > 511:
-        row |= dict(train_images=4000, epochs=4)            # it costs far more than the student
+    if name == "shapes" and teacher not in (None, "none", "self") and (
+            load_vit(teacher).width >= 512):           # it costs far more than the student
+        row |= dict(train_images=4000, epochs=4)
     epochs, warmup = given.get("epochs", row["epochs"]), given.get("warmup_epochs", 0)
     require(warmup <= epochs, f"--warmup-epochs {warmup}: there are only {epochs} epochs")
     return row | dict(teacher="self", warmup_epochs=epochs / 10)
@@ -825,7 +835,7 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.device = torch.Generator(s.device).device                        # meta has none
+            self.device = torch.Generator(s.device).device                  # fails for device meta
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise InputError(f"--device {s.device} cannot be used here: take cpu, or cuda where "
                              "there is one") from error
@@ -888,8 +898,7 @@ class Run:
         write(self.out / "config.json", lambda path: path.write_text(json.dumps(content, indent=1)))
 
     def record(self, line):
-        """Append a line to log.jsonl, with the number of broken images if there are, and print
-        it."""
+        """Add a line to log.jsonl, with the number of broken images if there are any; print it."""
         broken = sum(len(source.broken) for source in self.sources if source)
         self.log.append(line | ({"broken_images": broken} if broken else {}))
         text = "".join(json.dumps(x) + "\n" for x in self.log)
@@ -1038,17 +1047,17 @@ def reconstructions(student, images):
     if student.norm_pix:
         _, mean, std = student.target(images)
         prediction = prediction * std + mean
-    hidden = torch.ones_like(patches[..., :1]).scatter(1, ids_keep[..., None], 0)     # b n 1
-    visible = patches * (1 - hidden)
-    panels = [patches, visible, prediction, visible + prediction * hidden]
+    mask = torch.ones_like(patches[..., :1]).scatter(1, ids_keep[..., None], 0)       # b n 1
+    visible = patches * (1 - mask)
+    panels = [patches, visible, prediction, visible + prediction * mask]
     return [student.encoder.unpatchify(panel) for panel in panels]
 
 
 @torch.no_grad()
 def draw_pictures(out, model, student, images):
-    """reconstruction.png, a row for each image. attention.png, two rows for each of four, of the
-    student and of its teacher: how the class token of the last block attends to the patches, a
-    column for each head, scaled to its maximum."""
+    """reconstruction.png, a row for each image. attention.png, for each of four images a row of the
+    student and, if there is one, of the teacher: attention of the last block's class token to the
+    patches, a column for each head, scaled to its maximum."""
     panels = [as_rgb(student.encoder, panel) for panel in reconstructions(student, images)]
     save_grid(torch.stack(panels, dim=1).flatten(0, 1), out / "reconstruction.png", columns=4)
     views, picture, rows = [(student.encoder, images[:4])], panels[0][:4], []         # b 3 H W

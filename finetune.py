@@ -269,7 +269,7 @@ def open_encoder(s):
     else:
         vit = dmae.load_vit(s.init)
         side, rest = divmod(s.image_size or 0, vit.config["patch_size"])
-        require(not rest, f"--image-size {s.image_size}: no multiple of the encoder's patch size")
+        require(not rest, f"--image-size {s.image_size}: must be a multiple of the patch size")
         dmae.resize_grid(vit, (side, side) if side else vit.grid)
     for name in ("keep_blocks", "freeze_blocks", "block"):
         require((getattr(s, name) or 0) <= vit.depth, f"--{name.replace('_', '-')} "

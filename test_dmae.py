@@ -1880,7 +1880,7 @@ BAD_TUNING = {
     "{student} --patch-size 4": "--patch-size has no", "{student} --pool cls": "--pool has no",
     "{student} --mode linear --mixup 1": "--mixup has no meaning", "--init {grey}": "grey images",
     "{student} --mode knn --epochs 1": "--epochs has no", "--eval {run}/student.pth": "classifier",
-    "{student} --image-size 30": "multiple of the encoder's patch", "{student} --erasing 1.1": "1",
+    "{student} --image-size 30": "multiple of the patch size", "{student} --erasing 1.1": "1",
     "{student} --randaugment 11": "from 0 to 10", "{student} --smoothing 1": "from 0 to 0.99",
     "{student} --layer-decay 1.1": "from 0 to 1", "{student} --epochs 0": "from 1 to",
     "{student} --label-fraction 1.1": "to 1$", "{student} --epochs 2 --warmup-epochs 9": "only 2",

@@ -242,7 +242,7 @@ def test_the_plain_way_computes_the_same(capsys, monkeypatch):
         assert ours["first_loss"] == pytest.approx(plain["first_loss"], rel=0.02)
         assert ours["task"] == task and ours["teacher"] is None
     fails(speed, "not for this task", ["--against", "hf", "--task", "mae"], capsys)
-    fails(speed, "no multiple", ["--image-size", "30"], capsys)
+    fails(speed, "not a multiple", ["--image-size", "30"], capsys)
 
 
 def test_hugging_faces_way_is_given_the_same_images_and_noise():
