@@ -651,6 +651,7 @@ def pretrain(s):
         run.record(dict(epoch=0, step=0) | knn(knn_pixels=lambda x: x.flatten(1), knn=features))
 
     replica = run.replicate(model)
+    measured = range(s.epochs, 0, -math.ceil(60_000 / len(train)))     # a tenth of the time, about
     for epoch in range(done, s.epochs):
         meter = Meter(run, epoch, steps)
         order = epoch_order(len(train), s, epoch)[:, share]
@@ -666,7 +667,7 @@ def pretrain(s):
             pieces = ((train.augment(part, *draw), ids) for part, ids, *draw in zip(*parts))
             lr = learning_rate(step, total, warmup, peak)
             meter.add(train_step(replica, optimizer, run.scaler, lr, pieces, local, run.autocast))
-        run.record(meter.line(optimizer) | knn(knn=features))
+        run.record(meter.line(optimizer) | (knn(knn=features) if epoch + 1 in measured else {}))
         run.save_checkpoint(train)
         if run.rank == 0:
             save_student(run.out / "student.pth", model)
@@ -1002,7 +1003,7 @@ def features_of(run, source, indices, function):
     return torch.cat(features), torch.cat(labels)
 
 
-def nearest_neighbours(run, train, test, bank=10_000, queries=2_000, **functions):
+def nearest_neighbours(run, train, test, bank=5_000, queries=1_000, **functions):
     """{name: accuracy of features by k-NN} for each of the functions of images; {} without labels.
 
     It is measured on samples of the training and of the test images, the same ones for every seed;
