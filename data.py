@@ -61,8 +61,9 @@ class Source(Dataset):
     """Images to train or to test on. row: the set's row of SETS, possibly overridden. size: (H, W).
 
     items: uint8 images (N, c, h, w), or paths (N,). labels: (N,) int64 or None. classes: what they
-    number. root: the folder of the files. policy: None, or further augmentation, a function of a
-    uint8 image and a seed. broken: the paths that could not be read.
+    number. root: the folder of the files. bicubic: share of the crops that are, the others are
+    bilinear. policy: None, or a further, random transform of a uint8 image.
+    broken: the paths that could not be read.
 
     batches(order, epoch) yields (uint8 images, labels or None) for each tensor of indices in order;
     draw(b, generator) returns random numbers for a batch of b, a tuple of tensors of b rows;
@@ -76,7 +77,7 @@ class Source(Dataset):
         self.mean, self.std = (torch.tensor(row[key], device=device).view(-1, 1, 1) * 255
                                for key in ("mean", "std"))
         self.device, self.workers, self.seed = torch.device(device), workers, seed
-        self.policy, self.broken = None, set()
+        self.bicubic, self.policy, self.broken = 0.5, None, set()
 
     def __len__(self):
         return len(self.items)
@@ -96,7 +97,15 @@ class Source(Dataset):
     def plain(self, indices, batch=100):
         """Yields (normalised images, labels or None), not augmented."""
         for images, labels in self.batches(indices.split(batch), epoch=None):
-            yield self.normalise(TF.resize(images, self.size, InterpolationMode.BICUBIC)), labels
+            if list(images.shape[-2:]) != self.size:      # a small set, enlarged for an encoder
+                images = resize_and_crop(images, self.size)
+            yield self.normalise(images), labels
+
+
+def resize_and_crop(images, size):
+    """For evaluation, images (..., h, w): enlarged to 256/224 of size (H, W), then its centre."""
+    images = TF.resize(images, [round(max(size) * 256 / 224)], InterpolationMode.BICUBIC)
+    return TF.center_crop(images, size)
 
 
 # -------------------------------------------------------------- small sets, augmented on the device
@@ -132,7 +141,7 @@ class SmallSet(Source):
         seeds = torch.randint(2**62, (b,), device=generator.device, generator=generator)
         # On the CPU, so that `augment` need not wait for the device.
         coin = torch.rand(b, generator=torch.Generator().manual_seed(generator.initial_seed()))
-        return random_crops(b, self.crop_scale, generator), seeds, coin < 0.5
+        return random_crops(b, self.crop_scale, generator), seeds, coin < self.bicubic
 
     def augment(self, images, crops, seeds, bicubic):
         # The pixels beside a crop take part at its edge, where torchvision repeats the edge. Not
@@ -144,7 +153,7 @@ class SmallSet(Source):
         images = out.clamp(0, 255)
         if self.policy is not None:
             pairs = zip(images.round().byte(), seeds.tolist(), strict=True)
-            images = torch.stack([self.policy(image, seed) for image, seed in pairs])
+            images = torch.stack([seeded(seed, self.policy, image) for image, seed in pairs])
         return self.normalise(images)
 
 
@@ -231,19 +240,17 @@ class Files(Source):
 
     def prepare(self, image, epoch, index):
         """(3, h, w) -> (3, H, W). Depends on seed, epoch and index alone, whatever the worker."""
-        if epoch is None:                                       # evaluation: resize, centre crop
-            short = round(max(self.size) * 256 / 224)
-            image = TF.resize(image, [short], InterpolationMode.BICUBIC)
-            return TF.center_crop(image, self.size)
+        if epoch is None:
+            return resize_and_crop(image, self.size)
         image = seeded(seed_of(self.seed, 2, epoch, index), self.crop, image)
         if self.policy is not None:
-            image = self.policy(image, seed_of(self.seed, 3, epoch, index))
+            image = seeded(seed_of(self.seed, 3, epoch, index), self.policy, image)
         return image
 
     def crop(self, image):
-        """Random resized crop, bilinear or bicubic."""
         box = RandomResizedCrop.get_params(image, (self.crop_scale, 1), (3 / 4, 4 / 3))
-        kind = InterpolationMode.BILINEAR if torch.rand(()) < 0.5 else InterpolationMode.BICUBIC
+        bicubic = torch.rand(()) < self.bicubic
+        kind = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
         return TF.resized_crop(image, *box, self.size, kind)
 
     def draw(self, b, generator):

@@ -19,6 +19,7 @@ ch channels, gh x gw the grid of patches. A mask holds 1 where a patch is hidden
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -247,26 +248,26 @@ class MAE(nn.Module):
 
 # ============================================================================================ D-MAE
 
-MATCHES = ("scores", "probs", "hidden")
-
 
 class DMAE(nn.Module):
     """A masked autoencoder whose attention is pulled towards a frozen teacher's.
 
     teacher: a ViT of any size and normalisation; it is frozen and brought to the student's grid.
-    layers: pairs (student block, teacher block) from 1, by default the last of each, with a mixer M
-    and a loss for each pair. match: "scores", the attention maps before the softmax, class token
-    included (the paper's L_attn); "probs", after it; "hidden", the blocks' output tokens.
+    layers: pairs (student block, teacher block) from 1, by default the last of each. match: what is
+    compared, with commas: "scores", the attention maps before the softmax, class token included
+    (the paper's L_attn); "probs", after it; "hidden", the blocks' output tokens. mixer: an M for
+    each of these and each pair; without, numbers of heads, of "hidden" widths, must agree.
     decoupled: D2-MAE, an extra block of the student meets the teacher's last; build the student's
-    MAE with an earlier decode_after. loss = L_mae + alpha * the sum over pairs of L_attn. Raises
+    MAE with an earlier decode_after. loss = L_mae + alpha * the sum of all L_attn. Raises
     InputError for settings that do not fit."""
 
-    def __init__(self, student, teacher, layers=None, match="scores", alpha=1.0, decoupled=False):
+    def __init__(self, student, teacher, layers=None, match="scores", alpha=1.0, mixer=True,
+                 decoupled=False):
         super().__init__()
         encoder = student.encoder
-        self.student, self.match, self.alpha = student, match, alpha
+        self.student, self.match, self.alpha = student, match.split(","), alpha
         self.layers = list(layers or [(encoder.depth + decoupled, teacher.depth)])
-        check_distillation(self, teacher, layers, decoupled)
+        check_distillation(self, teacher, layers, mixer, decoupled)
         self.extra = None
         if decoupled:        # norm1, queries and keys are used, the value rows of qkv lie idle
             self.extra = Block(encoder.width, encoder.config["heads"])
@@ -275,12 +276,11 @@ class DMAE(nn.Module):
         # Past nn.Module's registry: thus the teacher is in no optimizer, no state_dict and no DDP,
         # and .train() does not reach it. `_apply` below lets it follow .to(device).
         self.__dict__["teacher"] = resize_grid(teacher, encoder.grid).requires_grad_(False).eval()
-        sizes = ((teacher.width, encoder.width) if match == "hidden"
-                 else (teacher.config["heads"], encoder.config["heads"]))
-        self.mixers = nn.ParameterDict(                                               # (t, s) each
-            {f"{i}:{j}": nn.Parameter(torch.empty(sizes)) for i, j in self.layers})
-        for mixer in self.mixers.values():
-            nn.init.kaiming_uniform_(mixer, a=5**0.5)      # PyTorch's default for a 1x1 convolution
+        self.mixers = nn.ParameterDict()
+        for kind, (i, j) in itertools.product(self.match, self.layers if mixer else ()):
+            M = nn.Parameter(torch.empty(mixed(teacher, kind), mixed(encoder, kind)))    # t s
+            nn.init.kaiming_uniform_(M, a=5**0.5)          # PyTorch's default for a 1x1 convolution
+            self.mixers[f"{kind}:{i}:{j}"] = M
 
     def forward(self, images, ids_keep=None):
         """images: (b, channels, height, width), normalised for the student; ids_keep: (b, k)
@@ -289,10 +289,10 @@ class DMAE(nn.Module):
         if ids_keep is None:
             noise = torch.rand(len(images), student.patches, device=images.device)
             ids_keep = student.choose(noise)                                                  # b k
-        hidden, (ours, theirs) = self.match == "hidden", zip(*self.layers)
-
+        ours, theirs = zip(*self.layers)
+        attention, hidden = self.match != ["hidden"], "hidden" in self.match
         tokens, scores = encoder(images, ids_keep, tokens_of=range(encoder.depth + 1),
-                                 scores_of=() if hidden else ours)
+                                 scores_of=ours if attention else ())
         if self.extra is not None:
             q, k = self.extra.attn.queries_and_keys(self.extra.norm1(tokens[encoder.depth]))
             scores[encoder.depth + 1] = attention_scores(q, k)                    # b s 1+k 1+k
@@ -301,23 +301,29 @@ class DMAE(nn.Module):
         with torch.no_grad():                              # same image, same visible patches
             t_tokens, t_scores = self.teacher(
                 images_for(self.teacher, encoder, images), ids_keep,
-                tokens_of=theirs if hidden else (), scores_of=() if hidden else theirs)
+                tokens_of=theirs if hidden else (), scores_of=theirs if attention else ())
 
-        A_S, A_T = (tokens, t_tokens) if hidden else (scores, t_scores)
-        attn = sum(self.distance(A_S[i], A_T[j], self.mixers[f"{i}:{j}"]) for i, j in self.layers)
-        return {"loss": mae + self.alpha * attn, "mae": mae, "hidden" if hidden else "attn": attn}
+        terms = dict.fromkeys(self.match, 0)
+        for kind, (i, j) in itertools.product(self.match, self.layers):
+            A_S, A_T = (tokens, t_tokens) if kind == "hidden" else (scores, t_scores)
+            M = self.mixers.get(f"{kind}:{i}:{j}")
+            terms[kind] = terms[kind] + self.distance(A_S[i], A_T[j], M, kind)
+        return {"loss": mae + self.alpha * sum(terms.values()), "mae": mae, **terms}
 
-    def distance(self, A_S, A_T, M):
-        """L_attn = MSE(A_T, M A_S), the mean over everything, in float32.
+    @staticmethod
+    def distance(A_S, A_T, M, kind="scores"):
+        """L_attn = MSE(A_T, M A_S), the mean over everything, in float32; M None: the identity.
 
-        A_S, A_T: scores (b, s, 1 + k, 1 + k) and (b, t, 1 + k, 1 + k); M: (t, s), no bias."""
+        A_S, A_T: scores (b, s, 1 + k, 1 + k) and (b, t, 1 + k, 1 + k); M: (t, s), no bias. Of kind
+        "hidden", tokens (b, 1 + k, c) of each; M mixes their channels."""
         with torch.autocast(A_S.device.type, enabled=False):
-            if self.match == "hidden":    # tokens (b, 1 + k, c) each; M: (teacher's c, student's c)
-                A_S, A_T = (F.layer_norm(x.float(), x.shape[-1:]) for x in (A_S, A_T))
-                return F.mse_loss(F.linear(A_S, M), A_T)
-            if self.match == "probs":
+            if kind == "hidden":                                                    # b c 1+k each
+                A_S, A_T = (F.layer_norm(x.float(), x.shape[-1:]).mT for x in (A_S, A_T))
+            elif kind == "probs":
                 A_S, A_T = A_S.softmax(dim=-1), A_T.softmax(dim=-1)
-            return F.mse_loss(einsum(M, A_S, "t s, b s i j -> b t i j"), A_T)
+            if M is not None:
+                A_S = einsum(M, A_S, "t s, b s ... -> b t ...")
+            return F.mse_loss(A_S, A_T)
 
     def _apply(self, *args, **kwargs):               # what .to(), .cuda(), .float() go through
         self.teacher._apply(*args, **kwargs)
@@ -342,10 +348,12 @@ def sincos_positions(width, grid):
 
 
 def initialise(module):
-    """Xavier-uniform for every Linear and for the patch embedding, biases 0."""
+    """Xavier-uniform for every Linear, biases 0, and for the patch embedding, whose bias stays
+    PyTorch's: uniform within 1 / sqrt(numbers in a patch)."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(m.weight.data.flatten(1))
+        if isinstance(m, nn.Linear):
             nn.init.zeros_(m.bias)
 
 
@@ -385,13 +393,26 @@ def images_for(teacher, encoder, images):
     return (images - teacher.mean) / teacher.std
 
 
-def check_distillation(model, teacher, layers, decoupled):
+MATCHES = ("scores", "probs", "hidden")
+
+
+def mixed(vit, kind):
+    """How many M mixes of this ViT: heads, or of "hidden" the channels of the tokens."""
+    return vit.width if kind == "hidden" else vit.config["heads"]
+
+
+def check_distillation(model, teacher, layers, mixer, decoupled):
     """Raise InputError for settings of a DMAE that do not fit."""
     encoder, match = model.student.encoder, model.match
     ours, theirs = encoder.config["channels"], teacher.config["channels"]
-    require(match in MATCHES, f"match {match}: choose {', '.join(MATCHES)}")
-    require(not decoupled or not layers and match != "hidden", "the decoupled variant matches the "
-            "scores of its extra block: not together with layers or with match hidden")
+    require(set(match) <= set(MATCHES) and len(set(match)) == len(match), f"match "
+            f"{','.join(match)}: choose from {', '.join(MATCHES)}, with commas between")
+    require(not decoupled or not layers and "hidden" not in match, "the decoupled variant matches "
+            "the scores of its extra block: not together with layers or with match hidden")
+    for kind in match:
+        t, s = mixed(teacher, kind), mixed(encoder, kind)
+        require(mixer or t == s, f"without a mixer heads, to match hidden widths, must agree: the "
+                f"student has {s}, the teacher {t}")
     require(ours in (1, theirs), f"a student of {ours}-channel images cannot feed a teacher of "
             f"{theirs}-channel ones")
     for i, j in model.layers:
@@ -715,7 +736,8 @@ FLAGS = {
     "mask_ratio": (0.75, (float, 0, 1), "share of patches hidden; a lower one is slower"),
     "norm_pix": (True, bool, "predict normalised patches; plain ones make nicer pictures"),
     "layers": (None, "S:T,...", "student and teacher blocks to match, from 1 [the last of each]"),
-    "match": ("scores", MATCHES, "scores; probs: after the softmax, raise --alpha; hidden: tokens"),
+    "match": ("scores", "KIND,...", "scores; probs: after softmax, raise --alpha; hidden: tokens"),
+    "mixer": (True, bool, "without M heads of student and teacher, as they come, are compared"),
     "alpha": (1.0, (float, 0, 1e9), "weight of the distillation loss; at 0 it is only logged"),
     "decoupled": (False, bool, "D2-MAE: an extra block meets the teacher, the decoder reads below"),
     "decoder_width": (None, (int, 1, 10**5), "half the encoder's is enough [preset]"),
@@ -796,7 +818,7 @@ def defaults_for(given):
     name, teacher = given.get("data", "shapes"), given.get("teacher")
     require(teacher or name == "shapes", "--teacher is missing: FILE (weights of a ViT), none "
             "(plain MAE) or self (pre-train one first)")
-    about = given.keys() & {"layers", "match", "alpha", "decoupled"}
+    about = given.keys() & {"layers", "match", "alpha", "mixer", "decoupled"}
     require(teacher != "none" or not about, f"--{', --'.join(about)}: not with --teacher none")
     row = SETS.get(name, FOLDER) | RECIPES.get(name, RECIPES["folder"])
     if name == "shapes" and teacher not in (None, "none", "self") and (
@@ -822,7 +844,8 @@ def new_model(s, teacher):
     require(s.layers is None or re.fullmatch(r"(\d+:\d+(,(?=\d)|$))+", s.layers), f"--layers "
             f"{s.layers}: write pairs STUDENT:TEACHER, as in 2:4,4:6")
     layers = [(int(i), int(j)) for i, j in re.findall(r"(\d+):(\d+)", s.layers or "")]
-    return DMAE(student, teacher, layers, s.match, s.alpha, s.decoupled) if teacher else student
+    return (DMAE(student, teacher, layers, s.match, s.alpha, s.mixer, s.decoupled) if teacher
+            else student)
 
 
 class Run:

@@ -30,8 +30,8 @@ IMAGENET = dict(
     optimizer="adamw", epochs=300, warmup_epochs=5, batch_size=1024, blr=1e-3, end_lr=1e-6,
     weight_decay=0.05, layer_decay=0.85, clip=0.0, crop_scale=0.08, randaugment=10, mixup=0.2,
     cutmix=0.0, erasing=0.0, smoothing=0.0)
-TRANSFER = IMAGENET | dict(                # 100 epochs are ours: the paper has a length for CIFAR
-    optimizer="sgd", epochs=100, warmup_epochs=20, batch_size=512, blr=0.015, weight_decay=0.0,
+TRANSFER = IMAGENET | dict(                # but for CIFAR, the defaults of the authors' code
+    optimizer="sgd", epochs=300, warmup_epochs=20, batch_size=512, blr=0.015, weight_decay=0.0,
     layer_decay=0.75, clip=1.0, randaugment=0, mixup=0.0)
 RECIPES = {
     "imagenet": IMAGENET,
@@ -52,17 +52,22 @@ RECIPE_OF = dict.fromkeys(PHOTOS, "transfer") | {
 
 class Classifier(dmae.ViT):
     """Mean of the last block's patch tokens -> fc_norm -> head. The class token is not read, the
-    encoder's final norm dropped, the position table trained (paper, appendix). Parameter names are
-    those of timm's VisionTransformer with global_pool="avg"."""
+    encoder's final norm dropped, the position table trained (paper, appendix). Names of parameters
+    and initialisation (truncated normals of deviation 0.02) are those of timm's VisionTransformer
+    with global_pool="avg"."""
 
     def __init__(self, classes, **config):
         super().__init__(**config)
         self.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.head = nn.Linear(self.width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        self.pos_embed.requires_grad_(True)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+        self.patch_embed["proj"].reset_parameters()
+        for table in (self.cls_token, self.pos_embed.requires_grad_(True)):
+            nn.init.trunc_normal_(table, std=0.02)
 
     def logits(self, images):
         """(b, channels, height, width), normalised -> (b, classes)."""
@@ -106,15 +111,16 @@ def layer_groups(model, layer_decay, weight_decay):
 
 
 def new_classifier(vit, classes, s):
-    """A classifier. Class token, positions, patch embedding and blocks (with --keep-blocks K, the
-    first K) are those of `vit`; the rest, and with --init none everything, is drawn by the seed.
-    --freeze-blocks K keeps the first K blocks, and what lies before them, as they are."""
+    """A classifier from `vit`. Drawn by the seed are its head, its fc_norm if the file has none,
+    with --keep-blocks K all but the first K blocks and what lies before them, with --init none
+    everything. --freeze-blocks K keeps the first K blocks and what lies before them as they are."""
     torch.manual_seed(s.seed)
     model = Classifier(classes, **vit.config)
-    kept = -1 if s.init == "none" else model.depth if s.keep_blocks is None else s.keep_blocks
-    given = {name: tensor for name, tensor in vit.state_dict().items()
-             if not name.startswith("norm.") and layer_of(name, model.depth) <= kept}
-    model.load_state_dict(model.state_dict() | given)
+    whole = model.depth + bool(vit.others)            # `norm` of a classifier's file is its fc_norm
+    kept = -1 if s.init == "none" else whole if s.keep_blocks is None else s.keep_blocks
+    given = {name.replace("norm.", "fc_norm."): tensor for name, tensor in vit.state_dict().items()}
+    model.load_state_dict(model.state_dict() | {
+        name: tensor for name, tensor in given.items() if layer_of(name, model.depth) <= kept})
     for name, p in model.named_parameters():
         if s.freeze_blocks is not None and layer_of(name, model.depth) <= s.freeze_blocks:
             p.requires_grad_(False)
@@ -138,20 +144,14 @@ def load_classifier(path):
 # ===================================================================================== augmentation
 
 
-class RandAugment:
-    """Two operations, each done with probability 1/2: uint8 image (c, h, w), seed -> the same.
+def rand_augment(magnitude, fill):
+    """Two operations on a uint8 image (c, h, w), each done with probability 1/2.
 
     The nearest in torchvision to timm's rand-m10-mstd0.5-inc1: `magnitude` 10 of 10 rotates by 30
     degrees (torchvision's own scale ends at 30). Corners that come in are of colour `fill`."""
-
-    def __init__(self, magnitude, fill):
-        operation = v2.RandAugment(
-            num_ops=1, magnitude=magnitude, num_magnitude_bins=11, fill=fill,
-            interpolation=InterpolationMode.BILINEAR)
-        self.operations = v2.Compose([v2.RandomApply([operation], p=0.5)] * 2)
-
-    def __call__(self, image, seed):
-        return seeded(seed, self.operations, image)
+    operation = v2.RandAugment(num_ops=1, magnitude=magnitude, num_magnitude_bins=11, fill=fill,
+                               interpolation=InterpolationMode.BILINEAR)
+    return v2.Compose([v2.RandomApply([operation], p=0.5)] * 2)
 
 
 def batch_augmentation(s, classes):
@@ -266,6 +266,7 @@ def open_encoder(s):
         vit = dmae.new_vit(s.model, argparse.Namespace(**SETS.get(s.data, FOLDER) | dict(
             image_size=s.image_size, patch_size=s.patch_size)))
         vit.description = f"{s.model}, {vit.width} wide, {vit.depth} blocks, untrained"
+        vit.others = {}
     else:
         vit = dmae.load_vit(s.init)
         side, rest = divmod(s.image_size or 0, vit.config["patch_size"])
@@ -286,6 +287,7 @@ def open_labelled(run, vit):
             f"grey images cannot see the colour images of {name}: pre-train one on them")
     row = dict(mean=config["mean"], std=config["std"], crop_scale=run.s.crop_scale or 1.0)
     train, test = run.open_data(row, config["image_size"])
+    train.bicubic = 1.0
     require(test is not None and train.labels is not None and test.labels is not None, f"--data "
             f"{name} cannot be learnt: it needs images in {name}/train/CLASS/ and {name}/val/CLASS/"
             ", the same two or more classes in both, and no image elsewhere")
@@ -308,8 +310,7 @@ def evaluate(classifier, test, run):
         sums += torch.stack([best[:, 0].sum(), best.sum(), loss, labels.new_tensor(len(labels))])
     if run.world > 1:
         dist.all_reduce(sums)
-    top1, top5, loss = (sums[:3] / sums[3]).tolist()
-    return dict(top1=top1, top5=top5, test_loss=loss)
+    return dict(zip(("top1", "top5", "test_loss"), (sums[:3] / sums[3]).tolist()))
 
 
 def evaluate_file(s):
@@ -319,8 +320,8 @@ def evaluate_file(s):
     classes, names = model.head.out_features, model.classes or list(train.classes)
     require(classes == len(train.classes) and names == list(train.classes), f"{s.eval} tells "
             f"{classes} classes apart, {', '.join(names[:3])} ..., not those of {s.data}")
-    result = evaluate(model.to(run.device), test, run)
-    result |= dict(eval=s.eval, data=s.data, test_images=len(test))
+    result = evaluate(model.to(run.device), test, run) | dict(
+        eval=s.eval, data=s.data, test_images=len(test))
     run.say(json.dumps(result))
     return result
 
@@ -371,7 +372,7 @@ def finetune(s):
             + " ".join(f"{x:.3g}" for x in sorted({group["scale"] for group in groups})))
     if s.randaugment:
         grey = round(255 * sum(vit.config["mean"]) / len(vit.config["mean"]))
-        train.policy = RandAugment(s.randaugment, fill=grey)
+        train.policy = rand_augment(s.randaugment, fill=grey)
     mix = batch_augmentation(s, len(classes))
     run.parts = dict(model=model, optimizer=optimizer, scaler=run.scaler)
     done = run.load_checkpoint(train)

@@ -89,11 +89,11 @@ def fill(module, prefix=""):
 
 
 EXPECTED = {
-    "mae": 1.2445016, "attn": 57.364601, "prediction": 0.2850142,
+    "mae": 1.2445016, "scores": 57.364601, "prediction": 0.2850142,
     "blocks.0.attn.qkv.weight": 37.48925, "blocks.11.attn.qkv.weight": 742.65076,
     "patch_embed.proj.weight": 103.21867, "decoder_pred.weight": 49.871662, "M": 36.825104}
 EXPECTED_DECOUPLED = {
-    "mae": 1.2444993, "attn": 57.356785, "prediction": 0.2850031,
+    "mae": 1.2444993, "scores": 57.356785, "prediction": 0.2850031,
     "blocks.0.attn.qkv.weight": 25.241302, "blocks.7.mlp.fc1.weight": 58.581826,
     "blocks.11.attn.qkv.weight": 24.027229, "blocks.12.norm1.weight": 0.15058867}
 
@@ -106,16 +106,16 @@ def test_agrees_with_an_independent_implementation(decoupled, expected):
     fill(teacher)
     if decoupled:
         fill(model.extra, "blocks.12.")
-    M = model.mixers["13:12" if decoupled else "12:12"]
+    M = model.mixers["scores:13:12" if decoupled else "scores:12:12"]
     M.data = wave("adapter", (12, 12), 0.3)
     i, n, c = torch.arange(224), torch.arange(2).view(2, 1, 1, 1), torch.arange(3).view(3, 1, 1)
     images = torch.sin(i[:, None] * 0.05 * (c + 1) + n) + torch.cos(i * 0.083 * (n + 1) + c)
     ids_keep = student.choose((torch.arange(196) * 37 + 11 * n.view(2, 1)) % 196)
     losses = model(images, ids_keep)
-    (losses["mae"] + losses["attn"]).backward()
+    (losses["mae"] + losses["scores"]).backward()
     found = {name.removeprefix("encoder."): p.grad.abs().sum()
              for name, p in student.named_parameters() if p.requires_grad}
-    found |= dict(mae=losses["mae"], attn=losses["attn"], M=M.grad.abs().sum())
+    found |= dict(mae=losses["mae"], scores=losses["scores"], M=M.grad.abs().sum())
     if decoupled:
         found["blocks.12.norm1.weight"] = model.extra.norm1.weight.grad.abs().sum()
     tokens, _ = student.encoder(images, ids_keep, tokens_of=[student.decode_after])
@@ -123,8 +123,8 @@ def test_agrees_with_an_independent_implementation(decoupled, expected):
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value, rel=1e-4), name
     if not decoupled:                             # the same model, compared after the softmax
-        model.match = "probs"
-        assert model(images, ids_keep)["attn"].item() == pytest.approx(0.00079768, rel=1e-4)
+        model.match, model.mixers["probs:12:12"] = ["probs"], M
+        assert model(images, ids_keep)["probs"].item() == pytest.approx(0.00079768, rel=1e-4)
 
 
 def test_sizes_of_the_paper():
@@ -151,16 +151,40 @@ def test_a_fresh_model_is_drawn_as_the_paper_says():
     assert len(layers) == 1 + 3 * 4 + 2 + 1                     # blocks, decoder's ends, the extra
     for m in layers:                                            # Xavier, uniform
         bound = math.sqrt(6 / sum(m.weight.flatten(1).shape))
-        assert m.weight.abs().max() <= bound and not m.bias.any()
+        assert m.weight.abs().max() <= bound
         assert m.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
-    student, M = model.student, model.mixers["3:1"]
+        within = 1 / math.sqrt(3 * 16 * 16) if isinstance(m, nn.Conv2d) else 0     # PyTorch's
+        assert 0.9 * within <= m.bias.abs().max() <= within
+    student, M = model.student, model.mixers["scores:3:1"]
     assert all(0.015 < x.std() < 0.025 for x in (student.encoder.cls_token, student.mask_token))
     assert M.shape == (12, 12) and 0.9 / 12**0.5 < M.abs().max() <= 1 / 12**0.5
     for table in (student.encoder.pos_embed, student.decoder_pos_embed):
         assert not table.requires_grad and not table[:, 0].any()
         assert torch.equal(table[:, 1:], sincos_positions(table.shape[2], (14, 14)))
-    head = finetune.Classifier(1000, depth=0).head
-    assert head.weight.std().item() == pytest.approx(0.02, rel=0.02) and not head.bias.any()
+
+
+def test_a_classifier_from_scratch_is_drawn_as_timms():
+    """Mean and deviation of each tensor over ten draws; timm's class token is smaller today."""
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    def ours():
+        return finetune.Classifier(10, image_size=32, patch_size=8, width=48, depth=1, heads=4)
+
+    def theirs():
+        return timm.VisionTransformer(32, 8, num_classes=10, embed_dim=48, depth=1, num_heads=4,
+                                      global_pool="avg")
+
+    torch.manual_seed(0)
+    a, b = ([make().state_dict() for _ in range(10)] for make in (ours, theirs))
+    assert a[0].keys() == b[0].keys()
+    for name in a[0]:
+        (mean, std), (other_mean, other_std) = (
+            (x.mean().item(), x.std().item()) for x in (torch.stack([s[name] for s in draws])
+                                                        for draws in (a, b)))
+        if name == "cls_token":
+            other_std = 0.02
+        count = 10 * a[0][name].numel()
+        assert std == pytest.approx(other_std, rel=5 / math.sqrt(2 * count)), name
+        assert mean == pytest.approx(other_mean, abs=5 * std * math.sqrt(2 / count)), name
 
 
 def small_vit(**changes):
@@ -246,7 +270,7 @@ def test_one_batch_is_overfitted_and_other_patches_of_it_are_not():
         optimizer.step()
         optimizer.zero_grad()
     first, last = history[0], history[-1]
-    assert last["mae"] < 0.1 < 0.9 < first["mae"] and last["attn"] < 0.1 * first["attn"]
+    assert last["mae"] < 0.1 < 0.9 < first["mae"] and last["scores"] < 0.1 * first["scores"]
     for part in (model, model.student):
         assert last["mae"] < part(images)["mae"] != part(images)["mae"]
 
@@ -274,10 +298,27 @@ def test_hidden_compares_normalised_tokens_and_layers_add_up():
                   model.teacher(images, ids_keep, tokens_of=[j])[0][j]]
         ours, theirs = ((x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True)
                                                           + 1e-5).sqrt() for x in tokens)
-        total += (ours @ model.mixers[f"{i}:{j}"].T - theirs).square().mean()
+        total += (ours @ model.mixers[f"hidden:{i}:{j}"].T - theirs).square().mean()
     losses = model(images, ids_keep)
     torch.testing.assert_close(losses["hidden"], total)
     torch.testing.assert_close(losses["loss"], losses["mae"] + 3 * total)
+
+
+def test_without_a_mixer_and_with_several_terms():
+    images, ids_keep = torch.randn(2, 3, 32, 32), torch.rand(2, 16).argsort(1)[:, :4]
+    teacher = small_vit(depth=4)                             # as wide, with as many heads
+    model = small_model(teacher, match="scores,hidden", mixer=False, alpha=2.0)
+    ours, theirs = (vit(images, ids_keep, [depth], [depth]) for vit, depth in (
+        (model.student.encoder, 3), (model.teacher, 4)))
+    losses = model(images, ids_keep)
+    torch.testing.assert_close(losses["scores"], F.mse_loss(ours[1][3], theirs[1][4]))
+    torch.testing.assert_close(losses["hidden"], F.mse_loss(
+        *(F.layer_norm(x, [32]) for x in (ours[0][3], theirs[0][4]))))
+    assert not model.mixers and losses["loss"].item() == pytest.approx(
+        (losses["mae"] + 2 * losses["scores"] + 2 * losses["hidden"]).item())
+    model = small_model(teacher, match="scores,hidden")
+    assert {name: M.shape for name, M in model.mixers.items()} == {
+        "scores:3:4": (4, 4), "hidden:3:4": (32, 32)}
 
 
 @pytest.mark.parametrize("options", [
@@ -292,7 +333,7 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(options):
         losses["mae"].backward(retain_graph=True)
         assert model.student.encoder.blocks[1].mlp.fc2.weight.grad.abs().sum() > 0
         assert model.student.encoder.blocks[2].attn.qkv.weight.grad is None
-        assert list(model.mixers) == ["4:4"] and len(list(model.extra.parameters())) == 4
+        assert list(model.mixers) == ["scores:4:4"] and len(list(model.extra.parameters())) == 4
     losses["loss"].backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None and p.grad.abs().sum() > 0) == p.requires_grad, name
@@ -314,7 +355,7 @@ def test_grey_small_student_under_a_large_colour_teacher():
     expected = TF.normalize(colour, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(teacher.pos_embed[:, 1:], sincos_positions(48, (8, 8)))
-    assert model(images)["attn"].isfinite() and model.mixers["2:2"].shape == (6, 4)
+    assert model(images)["scores"].isfinite() and model.mixers["scores:2:2"].shape == (6, 4)
     assert dmae.images_for(student, student, images) is images         # nothing to do: no bit moves
 
 
@@ -323,8 +364,12 @@ BAD_SETTINGS = {
     "1 to 4": [lambda: small_model(layers=[(1, 0)]), lambda: small_model(layers=[(1, 5)])],
     "twice": [lambda: small_model(layers=[(1, 1), (1, 1)])],
     "not together": [lambda: small_model(decoupled=True, layers=[(1, 1)]),
-                     lambda: small_model(decoupled=True, match="hidden")],
-    "choose scores, probs, hidden": [lambda: small_model(match="logits")],
+                     lambda: small_model(decoupled=True, match="scores,hidden")],
+    "choose from scores, probs, hidden": [
+        lambda: small_model(match="logits"), lambda: small_model(match="probs,"),
+        lambda: small_model(match="probs,probs")],
+    "must agree": [lambda: small_model(mixer=False), lambda: small_model(
+        small_vit(width=48, heads=4), mixer=False, match="scores,hidden")],
     "channel": [lambda: small_model(small_vit(channels=1, mean=(0.5,), std=(0.5,)))],
     "multiple of patch": [lambda: ViT((32, 30), 8), lambda: ViT((0, 8), 8), lambda: ViT(32, 0)],
     "heads: must divide": [lambda: small_vit(heads=5), lambda: small_vit(heads=0)],
@@ -657,11 +702,13 @@ def test_sources_normalise_and_a_subset_keeps_its_labels(tmp_path):
     torch.testing.assert_close(plain, TF.normalize(images[ids] / 255, row["mean"], row["std"]))
     assert torch.equal(labels, ids)
     (large, _), = data.SmallSet(images, None, (), RAW, (48, 64)).plain(ids)
-    theirs = TF.resize(images[ids], (48, 64), InterpolationMode.BICUBIC)
-    torch.testing.assert_close(large, theirs.float())
+    theirs = TF.center_crop(TF.resize(images[ids], 73, InterpolationMode.BICUBIC), (48, 64))
+    torch.testing.assert_close(large, theirs.float())             # 73: 64 * 256 / 224
     coins = [source.draw(10_000, torch.Generator().manual_seed(seed))[2] for seed in (0, 0, 1)]
     assert 0.48 < coins[0].float().mean() < 0.52 and torch.equal(coins[0], coins[1])
     assert not torch.equal(coins[0], coins[2])
+    source.bicubic = 1.0
+    assert source.draw(100, torch.manual_seed(0))[2].all()
     source.subset(torch.tensor([5]))
     (left, labels), = source.batches([torch.tensor([0])], 0)
     assert len(source) == 1 and torch.equal(left, images[5:]) and labels.tolist() == [5]
@@ -998,7 +1045,7 @@ def test_each_image_has_a_seed_of_its_own_for_the_policy(tmp_path, small):
     write_images(tmp_path, *(f"{i}.png" for i in range(6)))
     source = (data.SmallSet(noise(6, 3, 10, 10), None, (), RAW, (8, 8)) if small
               else image_folder(tmp_path, row=RAW))
-    source.policy = lambda image, seed: torch.full_like(image, seed % 251)
+    source.policy = lambda image: torch.full_like(image, torch.initial_seed() % 251)
 
     def found(order, epoch=0):
         generator = torch.Generator().manual_seed(epoch)
@@ -1016,7 +1063,7 @@ def test_each_image_has_a_seed_of_its_own_for_the_policy(tmp_path, small):
 def test_grey_images_before_an_encoder_of_colour_ones():
     images = noise(4, 1, 16, 16)
     source = data.SmallSet(images, None, (), RAW, (16, 16))
-    source.policy = finetune.RandAugment(10, 116)
+    source.policy = finetune.rand_augment(10, 116)
     for seed in range(30):
         augmented = source.augment(images, *source.draw(4, torch.Generator().manual_seed(seed)))
         assert augmented.shape == (4, 3, 16, 16) and torch.equal(augmented[:, 0], augmented[:, 2])
@@ -1042,7 +1089,7 @@ def test_groups_partition_the_parameters_and_spare_biases_and_norms():
     names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
     block = {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
     assert {names[id(p)] for p in decayed["params"]} == {
-        "mixers.1:1", "student.mask_token", "student.encoder.cls_token",
+        "mixers.scores:1:1", "student.mask_token", "student.encoder.cls_token",
         "student.encoder.patch_embed.proj.weight", "student.decoder_embed.weight",
         "student.decoder_pred.weight"} | {
         f"student.{part}.0.{n}" for part in ("encoder.blocks", "decoder_blocks") for n in block}
@@ -1172,11 +1219,12 @@ def test_a_run_leaves_what_it_should(run, folder, teacher):
     assert {p.name for p in run.iterdir()} == RUN_FILES
     assert [(x["epoch"], x["step"]) for x in log] == [(0, 0), (1, 5), (2, 10)]
     assert log[2]["mae"] < log[1]["mae"]
-    assert " ".join(log[1]) == "epoch step lr images_per_second loss mae attn knn"
-    assert {n: p.shape for n, p in saved["mixers"].items()} == {"4:3": (3, 4)}
+    assert " ".join(log[2]) == "epoch step lr images_per_second loss mae scores knn"
+    assert log[0]["knn"] and "knn" not in log[1]                 # of so few images: a waste of time
+    assert {n: p.shape for n, p in saved["mixers"].items()} == {"scores:4:3": (3, 4)}
     assert saved["config"] == student.config | dict(
         decoder_width=32, decoder_depth=1, decoder_heads=2, mask_ratio=0.75, norm_pix=True,
-        decode_after=4, match="scores")
+        decode_after=4, match=["scores"])
     assert student.grid == (4, 4) and student.config["heads"] == 4 and student.width == 64
     checkpoint = content_of(run, "checkpoint.pth")
     assert not any("teacher" in name for name in checkpoint["model"])
@@ -1224,8 +1272,9 @@ def test_same_bits_and_other_bits(run, folder, teacher, tmp_path):
     assert same_run(run, again) and equal(weights(still), weights(untrained))
     assert not equal(weights(untrained), weights(other))
     a, b = weights(distilled), weights(plain)
-    assert all(torch.equal(a[name], b[name]) for name in b) and set(a) - set(b) == {"mixers.4:3"}
-    assert log_of(distilled)[1]["attn"] > 0 and "attn" not in log_of(plain)[1]
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert set(a) - set(b) == {"mixers.scores:4:3"}
+    assert log_of(distilled)[1]["scores"] > 0 and "scores" not in log_of(plain)[1]
 
 
 @pytest.fixture
@@ -1271,13 +1320,13 @@ def test_flags_of_images_and_steps(spied, folder, teacher, tmp_path):
         assert len({str(x.batch[i].flatten().tolist()) for x in spied.steps}) == 6
     for i, line in enumerate(log_of(out)[1:]):                   # the mean of the steps
         assert line["lr"] == spied.steps[3 * i + 2].lr and line["step"] == 3 * i + 3
-        for name in ("loss", "mae", "attn"):
+        for name in ("loss", "mae", "probs"):
             mean = sum(x.losses[name] for x in spied.steps[3 * i:3 * i + 3]) / 3
             assert line[name] == pytest.approx(mean, rel=1e-5)
-        assert line["loss"] == pytest.approx(line["mae"] + 3 * line["attn"], rel=1e-5)
-        assert line["attn"] < 0.1                                # of probabilities
+        assert line["loss"] == pytest.approx(line["mae"] + 3 * line["probs"], rel=1e-5)
+        assert line["probs"] < 0.1                                # of probabilities
     assert {n: p.shape for n, p in content_of(out)["mixers"].items()} == {
-        "1:2": (3, 4), "4:3": (3, 4)}
+        "probs:1:2": (3, 4), "probs:4:3": (3, 4)}
 
 
 def test_flags_of_the_models(spied, folder, teacher, tmp_path):
@@ -1286,13 +1335,21 @@ def test_flags_of_the_models(spied, folder, teacher, tmp_path):
         "--decoder-width 24 --decoder-depth 2 --decoder-heads 3 --no-norm-pix --epochs 1 "
         "--train-images 8 --amp bf16", tmp_path / "a"))
     vit, saved = load_vit(out / "student.pth"), content_of(out)
-    assert vit.grid == (4, 4) and vit.width == 96 and saved["mixers"]["4:3"].shape == (24, 96)
+    assert vit.grid == (4, 4) and vit.width == 96
+    assert saved["mixers"]["hidden:4:3"].shape == (24, 96)
     assert saved["config"].items() >= dict(
-        norm_pix=False, decoder_width=24, decoder_depth=2, decoder_heads=3, match="hidden").items()
+        norm_pix=False, decoder_width=24, decoder_depth=2, decoder_heads=3,
+        match=["hidden"]).items()
     assert saved["decoder"]["decoder_blocks.1.attn.qkv.weight"].shape == (72, 24)
     assert spied.steps[0].amp == torch.bfloat16 and log_of(out)[1]["hidden"] > 0
+    out = main(arguments(folder, out / "student.pth", "--student micro --match probs,hidden "
+                         "--alpha 2 --no-mixer --epochs 1", tmp_path / "c"))
+    line = log_of(out)[1]
+    total = line["mae"] + 2 * (line["probs"] + line["hidden"])
+    assert line["loss"] == pytest.approx(total, rel=1e-5) and not content_of(out)["mixers"]
     out = main(arguments(folder, teacher, "--decoupled --batch-size 5 --epochs 1", tmp_path / "b"))
-    assert weights(out)["mixers.5:3"].shape == (3, 4) and load_vit(out / "student.pth").depth == 4
+    assert weights(out)["mixers.scores:5:3"].shape == (3, 4)
+    assert load_vit(out / "student.pth").depth == 4
     assert content_of(out)["config"]["decode_after"] == 2 and log_of(out)[1]["step"] == 8
 
 
@@ -1397,7 +1454,7 @@ def test_teacher_self_is_an_earlier_run_without_teacher(tmp_path, monkeypatch):
                       (second, f"--teacher {first}/student.pth")):
         main(f"--train-images 64 --epochs 1 --seed 3 --out {out} {more}".split())
     assert same_run(own / "teacher", first) and same_run(own, second)
-    assert weights(own)["mixers.4:4"].shape == (6, 4)
+    assert weights(own)["mixers.scores:4:4"].shape == (6, 4)
 
 
 def test_what_stops_a_run_is_one_line_and_loses_nothing(run, folder, teacher, tmp_path, monkeypatch,
@@ -1526,8 +1583,8 @@ def test_recipes_of_the_paper():
         weight_decay=0.05, layer_decay=0.85, clip=0, crop_scale=0.08, randaugment=10, mixup=0.2,
         cutmix=0, erasing=0, smoothing=0)
     transfer = imagenet | dict(
-        optimizer="sgd", epochs=100, warmup_epochs=20, batch_size=512, blr=0.03 / 2, weight_decay=0,
-        layer_decay=0.75, clip=1, randaugment=0, mixup=0)                    # 100 epochs are ours
+        optimizer="sgd", epochs=300, warmup_epochs=20, batch_size=512, blr=0.03 / 2, weight_decay=0,
+        layer_decay=0.75, clip=1, randaugment=0, mixup=0)
     cifar = transfer | dict(epochs=50, warmup_epochs=10, blr=0.1 / 2)
     ours = imagenet | dict(epochs=3, warmup_epochs=0.5, batch_size=128, blr=4e-3, crop_scale=0.5,
                            randaugment=0, mixup=0)
@@ -1601,10 +1658,7 @@ def test_initialisations_differ_exactly_where_they_should(run):
         names = ("cls_token", "pos_embed", "patch_embed.", *(f"blocks.{i}." for i in range(kept)))
         below = {n for n in model if n.startswith(names)}
         assert same(model, saved) >= below == frozen
-        assert same(model, scratch) == (set(model) - below) | {"pos_embed"}     # a fixed table
-    # A model from scratch is the untrained student of that seed, and the seed matters.
-    s = argparse.Namespace(**config(run)["settings"] | dict(seed=5))
-    assert same(dmae.new_model(s, None).encoder.state_dict(), scratch) == same(loaded, saved)
+        assert same(model, scratch) == set(model) - below
     assert not torch.equal(new("none", seed=6)[0]["cls_token"], scratch["cls_token"])
 
 
@@ -1639,6 +1693,25 @@ def test_fine_tuning_leaves_what_it_should(fine, run, folder, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result == dict(
         eval=str(out / "model.pth"), data=folder, test_images=16,
         **{key: log[-1][key] for key in ("top1", "top5", "test_loss")})
+
+
+def test_a_classifiers_file_is_a_start_a_teacher_and_a_result(fine, folder, tmp_path):
+    """Supervised pre-training, and files as the authors publish their fine-tuned models."""
+    file = Path(fine["out"]) / "model.pth"
+    s = argparse.Namespace(init=file, keep_blocks=None, freeze_blocks=None, seed=5)
+    saved = tuned(fine)
+    for s.keep_blocks, new in ((None, ("head.",)), (4, ("head.", "fc_norm."))):
+        started = finetune.new_classifier(load_vit(file), 8, s).state_dict()
+        assert {n for n in saved if not torch.equal(saved[n], started[n])} == {
+            n for n in saved if n.startswith(new)}
+    out = main(arguments(folder, file, "--student micro --epochs 1", tmp_path / "a"))
+    assert weights(out)["mixers.scores:4:4"].shape == (4, 6)
+    model = scramble(finetune.Classifier(8, image_size=16, patch_size=4, width=24, depth=2))
+    save({"model": under("module.model.", model.state_dict())}, tmp_path / "mae_tiny_ft.pth.tar")
+    result = finetune.main(["--eval", str(tmp_path / "mae_tiny_ft.pth.tar"), "--data", folder])
+    _, test = data.open_data(folder, data.FOLDER, (16, 16))
+    images, labels = next(test.plain(torch.arange(16)))
+    assert result["top1"] == (model.logits(images).argmax(1) == labels).float().mean()
 
 
 def test_timm_evaluates_the_saved_model_to_the_same(run, folder, tmp_path):
@@ -1730,8 +1803,8 @@ def test_two_steps_of_sgd_by_hand(run, folder, tmp_path, monkeypatch):
 
 
 def test_tuning_flags_reach_the_images_and_the_steps(spied, run, folder, tmp_path, monkeypatch):
-    policies, real = [], finetune.RandAugment
-    monkeypatch.setattr(finetune, "RandAugment",
+    policies, real = [], finetune.rand_augment
+    monkeypatch.setattr(finetune, "rand_augment",
                         lambda *args, **more: policies.append((args, more)) or real(*args, **more))
     result = tune(run / "student.pth", folder, (
         "--recipe transfer --warmup-epochs 1 --crop-scale 0.9 --randaugment 3 --mixup 0.5 --seed 4 "
@@ -1740,6 +1813,7 @@ def test_tuning_flags_reach_the_images_and_the_steps(spied, run, folder, tmp_pat
     assert policies == [((3,), dict(fill=114))]                  # 255 times ImageNet's mean colour
     train, _ = spied.sources
     assert (train.crop_scale, train.seed, len(train)) == (0.9, 4, 16) and train.policy
+    assert train.bicubic == 1
     assert [x.lr for x in spied.steps[:3]] == pytest.approx([0, 0.015 / 64, 0.015 / 32])
     assert len({x.batch[0].sum().item() for x in spied.steps}) == len(spied.steps) == 8
     for x in spied.steps:
@@ -1827,9 +1901,9 @@ def test_label_fraction_is_stratified_and_seeded():
 def test_randaugment_reaches_thirty_degrees_and_half_the_operations_are_done():
     image, before = noise(3, 33, 33, seed=3), torch.get_rng_state()
     for magnitude, degrees in ((10, 30), (5, 15)):
-        policy = finetune.RandAugment(magnitude, 116)
-        images = [policy(image, seed) for seed in range(400)]
-        assert torch.equal(images[7], policy(image, 7))
+        policy = finetune.rand_augment(magnitude, 116)
+        images = [data.seeded(seed, policy, image) for seed in range(400)]
+        assert torch.equal(images[7], data.seeded(7, policy, image))
         turned = [TF.rotate(image, sign * degrees, InterpolationMode.BILINEAR, fill=[116])
                   for sign in (1, -1)]
         assert all(any(torch.equal(other, x) for x in images) for other in turned)
@@ -1949,7 +2023,7 @@ def test_process_default_run_shortened_by_two_under_torchrun(tmp_path):
         assert output.count(words) == 1 + ("steps" in words or "nothing" in words), words
     assert {p.name for p in out.iterdir()} == RUN_FILES | {"teacher"}
     assert len(log_of(out)) == len(log_of(out / "teacher")) == 2
-    assert weights(out)["mixers.4:4"].shape == (6, 4)
+    assert weights(out)["mixers.scores:4:4"].shape == (6, 4)
 
 
 def test_process_killed_and_resumed(folder, teacher, tmp_path):
@@ -1968,7 +2042,7 @@ def test_process_two_under_torchrun(run, folder, teacher, tmp_path):
     output = torchrun(*arguments(folder, teacher, "--micro-batch 3", tmp_path / "two"))
     assert same_function(run, tmp_path / "two") and output.count("epoch 2, step 10") == 1
     for one, two in zip(log_of(run), log_of(tmp_path / "two")):
-        assert one["knn"] == pytest.approx(two["knn"], abs=0.13)           # 16 images: two of them
+        assert one.get("knn") == pytest.approx(two.get("knn"), abs=0.13)   # 16 images: two of them
         assert two.get("loss", 0) == pytest.approx(one.get("loss", 0), rel=1e-3)
 
 

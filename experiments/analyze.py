@@ -175,9 +175,9 @@ def own_mixer(content, folder, name, vit, teacher, teacher_file):
         if sha256 not in (None, dmae.file_hash(teacher_file)):
             print(f"{name}: distilled from another teacher than {teacher_file}: its M is not used")
             return None
-    M = content["mixers"].get(f"{vit.depth}:{teacher.depth}")
+    M = content["mixers"].get(f"scores:{vit.depth}:{teacher.depth}")
     heads = teacher.config["heads"], vit.config["heads"]
-    if content["config"]["match"] != "scores" or M is None or tuple(M.shape) != heads:
+    if M is None or tuple(M.shape) != heads:
         print(f"{name}: its M is not between the scores of the last blocks: not used")
         return None
     return M

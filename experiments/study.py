@@ -215,10 +215,11 @@ def run(s, data, row, seed, column):
         log = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
         batch = json.loads((out / "config.json").read_text())["settings"]["batch_size"]
         images = [(b["step"] - a["step"]) * batch for a, b in itertools.pairwise(log)]
-        keys = ("epoch", "loss", "mae", "attn", "hidden", "knn")
+        keys = ("epoch", "loss", "mae", *dmae.MATCHES, "knn")
         # The minutes are those of training alone; of the other columns, from start to end.
         line |= dict(
-            curve=[{key: x[key] for key in keys if key in x} for x in log],
+            curve=[{"attn" if key in dmae.MATCHES else key: x[key] for key in keys if key in x}
+                   for x in log],
             knn_pixels=log[0]["knn_pixels"], images=sum(images),
             minutes=sum(n / x["images_per_second"] / 60
                         for n, x in zip(images, log[1:], strict=True)),

@@ -131,12 +131,12 @@ def test_an_analysis_leaves_numbers_and_figures(files, capsys):
     assert np.shape(ours["distance"]) == (2, 4) and np.shape(theirs["entropy"]) == (3, 3)
     assert ours["entropy_uniform"] == pytest.approx(math.log(64))
     assert np.shape(saved["cka"]["teacher | run"]) == (4, 3)
-    assert np.allclose(saved["mixers"]["run 2:3"], model.mixers["2:3"].detach())
+    assert np.allclose(saved["mixers"]["run scores:2:3"], model.mixers["scores:2:3"].detach())
     errors = saved["scores"]["run"]
     assert set(errors["masked"]) == {"zeros", "fitted", "learnt"} and errors["whole"]["mean_map"]
     pictures = {path.name for path in Path("a").glob("*.png")}
     assert pictures == set(saved["figures"]) == {f"{name}.png" for name in (
-        "distance", "entropy", "cka", "attention_class", "attention_patch", "mixer_run 2-3",
+        "distance", "entropy", "cka", "attention_class", "attention_patch", "mixer_run scores-2-3",
         "scores_run")}
     assert "uniform attention has" in capsys.readouterr().out
     for name in pictures:
@@ -147,11 +147,11 @@ def test_an_analysis_leaves_numbers_and_figures(files, capsys):
 
 def test_agreement_of_scores_is_the_distance_that_is_trained_on(files):
     student, teacher, model = files
-    images, M = torch.randn(6, 3, 32, 32), model.mixers["2:3"].detach()
+    images, M = torch.randn(6, 3, 32, 32), model.mixers["scores:2:3"].detach()
     vit = dmae.load_vit(student)
     found, (ours, mixed, theirs) = analyze.agreement(vit, teacher, images, M)
     noise = torch.rand(6, 64, generator=torch.Generator().manual_seed(0))
-    expected = model(images[3:], model.student.choose(noise)[3:])["attn"].item()
+    expected = model(images[3:], model.student.choose(noise)[3:])["scores"].item()
     assert found["masked"]["learnt"] == pytest.approx(expected, rel=1e-4)
     assert torch.allclose(torch.einsum("ts,bsqk->btqk", M, ours), mixed, atol=1e-5)
     seen = dmae.images_for(model.teacher, vit, images)
