@@ -8,7 +8,6 @@ Shapes in comments: b batch, c channels, h and w pixels of an image, H and W of 
 """
 
 import contextlib
-import functools
 import glob
 import io
 import json
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -277,10 +276,17 @@ def write(path, save):
         temporary.unlink(missing_ok=True)
 
 
-def save_grid(images, path, columns):
-    """Images (b, 3, H, W) in 0 to 1 as a PNG, in rows of `columns`."""
-    write(path, lambda temporary: torchvision.utils.save_image(
-        images, temporary, nrow=columns, pad_value=1, format="png"))
+def save_grid(images, path, columns, rows=(), caption=""):
+    """Images (b, 3, H, W) in 0 to 1 as a PNG, with titles of columns and rows, and a caption."""
+    grid = torchvision.utils.make_grid(images, nrow=len(columns), pad_value=1)
+    left, (height, width) = 80 if rows else 0, (side + 2 for side in images.shape[2:])
+    sheet = Image.new("RGB", (left + grid.shape[2], 40 + grid.shape[1]), "white")
+    sheet.paste(TF.to_pil_image(grid.cpu()), (left, 20))
+    texts = [(left + 4 + i * width, 3, title) for i, title in enumerate(columns)]
+    texts += [(4, 14 + (i + 0.5) * height, title) for i, title in enumerate(rows)]
+    for x, y, text in [*texts, (4, 22 + grid.shape[1], caption)]:
+        ImageDraw.Draw(sheet).text((x, y), text, "black", ImageFont.load_default(12))
+    write(path, lambda temporary: sheet.save(temporary, format="png"))
 
 
 def seeded(seed, transform, *inputs):
@@ -405,7 +411,6 @@ def figure_distance(figure, u, v):
     }[figure]()
 
 
-@functools.lru_cache(maxsize=2)          # a run's teacher and student ask for the same
 def draw_shapes(count, seed):
     """`count` drawn images: uint8 (count, 3, 32, 32), labels (count,) into FIGURES, FIGURES.
 
@@ -449,5 +454,5 @@ def draw_figures(labels, g):
 if __name__ == "__main__":
     sheet, kinds, _ = draw_shapes(200, seed=1)
     sheet = sheet[kinds.argsort(stable=True)] / 255
-    save_grid(sheet, Path("shapes.png"), columns=20)
+    save_grid(sheet, Path("shapes.png"), [""] * 20, FIGURES)
     print(f"shapes.png: a row each of {', '.join(FIGURES)}")

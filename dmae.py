@@ -4,8 +4,8 @@ Wang et al., "A Closer Look at Self-Supervised Lightweight Vision Transformers",
 (arXiv 2205.14443), on top of He et al., "Masked Autoencoders Are Scalable Vision Learners"
 (arXiv 2111.06377). The decoupled variant, D2-MAE, is from Gao et al., IJCV 2025 (arXiv 2404.12210).
 
-    python dmae.py                                    # draws its own images, trains its own teacher
-    python dmae.py --teacher mae_base.pth --data /path/to/imagenet             # the paper's run
+    python dmae.py                                      # draws its images; the teacher in weights/
+    python dmae.py --teacher mae_base.pth --data /path/to/imagenet               # the paper's run
 
 First the paper: ViT, MAE, D-MAE. Then what they rest on, teacher files, pre-training, and runs:
 flags, folder, log, k-NN, pictures.
@@ -448,8 +448,9 @@ UNUSED = ("mask_token", "decoder", "head.", "tch_model.", "attn_adapter.", "mome
 def read_weights(path):
     """The dictionary in a .pth or .safetensors file, on the CPU; no code in it is ever run."""
     require(not path.is_dir(), f"{path} is a folder: name the file of weights in it")
-    require(path.exists(), f"no file {path}; the usual teacher, a ViT-Base by MAE, is "
-            "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth")
+    require(path.exists(), f"no file {path}; a ViT-Base by MAE, the usual teacher, is "
+            "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth, and that of "
+            "shapes in weights/, where README.md says how it was trained")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -568,10 +569,10 @@ def split_heads(path, heads=None):
 
 #                    encoder: width, depth, heads; decoder: width, depth, heads
 PRESETS = {
-    "nano":  ((64, 4, 4), (32, 1, 2)),           # small students, on a CPU
-    "slim":  ((64, 6, 8), (32, 1, 2)),           # the student of experiments/study.py
-    "micro": ((96, 4, 6), (48, 1, 3)),           # the teacher of `nano` on `shapes`
-    "mini":  ((128, 6, 8), (64, 1, 4)),          # the teacher on the other small sets
+    "nano":  ((64, 4, 4), (32, 1, 2)),           # for 32-pixel images, on a CPU
+    "slim":  ((64, 6, 8), (32, 1, 2)),           # the student there
+    "micro": ((96, 4, 6), (48, 1, 3)),
+    "mini":  ((128, 6, 8), (64, 1, 4)),          # the teacher there
     "tiny":  ((192, 12, 12), (96, 1, 3)),        # the paper's: 12 heads, where DeiT-Tiny has 3
     "small": ((384, 12, 12), (192, 1, 6)),
     "base":  ((768, 12, 12), (512, 8, 16)),      # the MAE release's, with its decoders
@@ -579,11 +580,12 @@ PRESETS = {
     "huge":  ((1280, 32, 16), (512, 8, 16)),     # published with --patch-size 14
 }
 # `folder` is the paper's recipe for ImageNet; the others are sized for two CPU cores.
-SMALL = dict(student="nano", teacher_preset="mini", epochs=20, batch_size=128, blr=3e-3)
+SMALL = dict(student="slim", epochs=20, batch_size=128, blr=6e-3)
 RECIPES = {
-    "shapes": SMALL | dict(teacher_preset="micro", epochs=2, batch_size=32, blr=2.4e-2),
+    "shapes": SMALL | dict(
+        epochs=7, teacher=str(Path(__file__).with_name("weights") / "shapes_teacher.pth")),
     "fashion-mnist": SMALL | dict(epochs=4), "cifar10": SMALL, "cifar100": SMALL,
-    "folder": dict(student="tiny", teacher_preset="base", epochs=400, batch_size=4096, blr=1.5e-4)}
+    "folder": dict(student="tiny", epochs=400, batch_size=4096, blr=1.5e-4)}
 
 
 def learning_rate(step, total, warmup, peak, end=0.0):
@@ -640,19 +642,15 @@ def epoch_order(images, s, epoch):
 def pretrain(s):
     """One run with the settings `s`, a Namespace; returns its folder."""
     run = Run(s, "teacher")
-    # With self an untrained one stands in at first, so that bad settings fail early.
-    teacher = (None if s.teacher == "none" else new_vit(s.teacher_preset, s) if s.teacher == "self"
-               else load_vit(s.teacher))
+    teacher = None if s.teacher == "none" else load_vit(s.teacher)
     model = new_model(s, teacher)
     train, test = run.open_data(vars(s), (s.image_size, s.image_size), s.train_images)
     steps, local, share = run.divide(len(train))
     plain, _ = next((test or train).plain(torch.linspace(0, len(test or train) - 1, 8).long()))
     run.open_folder()                   # what can be wrong has come to light before this
-    if s.teacher == "self":
-        teacher = pretrain_teacher(s)
-        model = new_model(s, teacher)
 
     model.to(run.device)
+    before = class_scores(model, plain)
     student = model if teacher is None else model.student
     total, warmup = s.epochs * steps, round(s.warmup_epochs * steps)
     peak = s.blr * s.batch_size / 256
@@ -669,7 +667,11 @@ def pretrain(s):
     knn = partial(nearest_neighbours, run, train, test)
     features = partial(pooled_features, student.encoder)
     if not run.log:
-        run.record(dict(epoch=0, step=0) | knn(knn_pixels=lambda x: x.flatten(1), knn=features))
+        # A teacher far larger than the student would take longer than all of the run.
+        rivals = {} if teacher is None or teacher.width > 4 * student.encoder.width else dict(
+            knn_teacher=lambda x: pooled_features(teacher, images_for(teacher, student.encoder, x)))
+        run.record(dict(epoch=0, step=0) | knn(
+            knn_pixels=lambda x: x.flatten(1), **rivals, knn=features))
 
     replica = run.replicate(model)
     measured = range(s.epochs, 0, -math.ceil(60_000 / len(train)))     # a tenth of the time, about
@@ -694,19 +696,15 @@ def pretrain(s):
             save_student(run.out / "student.pth", model)
     if run.rank == 0:
         save_student(run.out / "student.pth", model)
-        draw_pictures(run.out, model, student, plain)
+        draw_pictures(run.out, model, plain, before)
     run.say(f"in {run.out}: student.pth, reconstruction.png, attention.png, log.jsonl")
-    run.wait()                     # whoever returns finds the files: a teacher's are read at once
+    first, last = run.log[0], run.log[-1]
+    rows = {"raw pixels": first.get("knn_pixels"), "untrained": first.get("knn"),
+            "student": last.get("knn"), "teacher": first.get("knn_teacher")}
+    run.say("".join(f"k-NN top-1, {row:10} {100 * x:5.1f} %\n" for row, x in rows.items() if x)
+            + f"next: python finetune.py --data {s.data} --label-fraction 0.01 "
+            f"--init {run.out}/student.pth\nand its rivals: --init none, dmae.py --teacher none")
     return run.out
-
-
-def pretrain_teacher(s):
-    """--teacher self: first a run of its own, without a teacher, in OUT/teacher."""
-    out = Path(s.out) / "teacher"
-    pretrain(argparse.Namespace(**vars(s) | dict(
-        teacher="none", student=s.teacher_preset, decoder_width=None, decoder_depth=None,
-        decoder_heads=None, out=str(out), resume=s.resume and (out / "config.json").exists())))
-    return load_vit(out / "student.pth")
 
 
 # ============================================================================================= runs
@@ -726,7 +724,7 @@ MACHINE_FLAGS = {
 }
 FLAGS = {
     "teacher": (None, "FILE", "weights of a ViT, x.pth or x.pth:3 to give its heads; none: plain "
-                "MAE; self: pre-train one first, into OUT/teacher [self for shapes]"),
+                "MAE [for shapes the one in weights/]"),
     "data": ("shapes", "DIR|NAME", f"a folder of images, or {', '.join(SETS)}"),
     "train_images": (None, (int, 1, 10**9), "use only N: shortens any run [all]"),
     "student": (None, tuple(PRESETS), "size of the student [set]"),
@@ -740,9 +738,6 @@ FLAGS = {
     "mixer": (True, bool, "without M heads of student and teacher, as they come, are compared"),
     "alpha": (1.0, (float, 0, 1e9), "weight of the distillation loss; at 0 it is only logged"),
     "decoupled": (False, bool, "D2-MAE: an extra block meets the teacher, the decoder reads below"),
-    "decoder_width": (None, (int, 1, 10**5), "half the encoder's is enough [preset]"),
-    "decoder_depth": (None, (int, 0, 100), "1 is enough for small students [preset]"),
-    "decoder_heads": (None, (int, 1, 10**4), "must divide its width [preset]"),
     "epochs": (None, (int, 0, 10**6), "0 writes an untrained student, a control [set]"),
     "warmup_epochs": (None, (float, 0, 10**6), "more if the loss jumps early [a tenth of them]"),
     "batch_size": (None, (int, 1, 10**9), "images an update, over all processes [set]"),
@@ -768,8 +763,8 @@ def command_line(prog, flags, argv):
         raise argparse.ArgumentTypeError(f"{text}: must be {kind.__name__}, from {least} to {most}")
 
     parser = argparse.ArgumentParser(
-        prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog="[set], [preset], "
-        "[recipe]: from RECIPES and PRESETS in dmae.py, RECIPES in finetune.py")
+        prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog="[set], [recipe]: "
+        "from RECIPES in dmae.py and finetune.py")
     parser.error = lambda error: parser.exit(2, f"{prog}: error: {' '.join(str(error).split())}\n")
     for name, (default, kind, text) in flags.items():
         options = (dict(action=argparse.BooleanOptionalAction) if kind is bool
@@ -815,18 +810,17 @@ def settings_of(given, flags, source, defaults_for):
 
 def defaults_for(given):
     """What suits the data set and the teacher."""
-    name, teacher = given.get("data", "shapes"), given.get("teacher")
-    require(teacher or name == "shapes", "--teacher is missing: FILE (weights of a ViT), none "
-            "(plain MAE) or self (pre-train one first)")
+    name = given.get("data", "shapes")
+    row = SETS.get(name, FOLDER) | RECIPES.get(name, RECIPES["folder"])
+    teacher = given.get("teacher", row.get("teacher"))
+    require(teacher, "--teacher is missing: FILE (weights of a ViT), or none (plain MAE)")
     about = given.keys() & {"layers", "match", "alpha", "mixer", "decoupled"}
     require(teacher != "none" or not about, f"--{', --'.join(about)}: not with --teacher none")
-    row = SETS.get(name, FOLDER) | RECIPES.get(name, RECIPES["folder"])
-    if name == "shapes" and teacher not in (None, "none", "self") and (
-            load_vit(teacher).width >= 512):           # it costs far more than the student
-        row |= dict(train_images=4000, epochs=4)
+    if name == "shapes" and teacher != "none" and load_vit(teacher).width >= 512:
+        row |= dict(train_images=4000, epochs=4)           # it costs far more than the student
     epochs, warmup = given.get("epochs", row["epochs"]), given.get("warmup_epochs", 0)
     require(warmup <= epochs, f"--warmup-epochs {warmup}: there are only {epochs} epochs")
-    return row | dict(teacher="self", warmup_epochs=epochs / 10)
+    return row | dict(warmup_epochs=epochs / 10)
 
 
 def new_vit(preset, s):
@@ -837,9 +831,7 @@ def new_model(s, teacher):
     """An untrained MAE, or DMAE if there is a teacher; its weights depend on the seed alone."""
     torch.manual_seed(s.seed)
     encoder = new_vit(s.student, s)
-    decoder = [preset if given is None else given for preset, given in zip(
-        PRESETS[s.student][1], (s.decoder_width, s.decoder_depth, s.decoder_heads))]
-    student = MAE(encoder, *decoder, s.mask_ratio, s.norm_pix,
+    student = MAE(encoder, *PRESETS[s.student][1], s.mask_ratio, s.norm_pix,
                   decode_after=max(1, 2 * encoder.depth // 3) if s.decoupled else None)
     require(s.layers is None or re.fullmatch(r"(\d+:\d+(,(?=\d)|$))+", s.layers), f"--layers "
             f"{s.layers}: write pairs STUDENT:TEACHER, as in 2:4,4:6")
@@ -1078,23 +1070,43 @@ def reconstructions(student, images):
 
 
 @torch.no_grad()
-def draw_pictures(out, model, student, images):
-    """reconstruction.png, a row for each image. attention.png, for each of four images a row of the
-    student and, if there is one, of the teacher: attention of the last block's class token to the
-    patches, a column for each head, scaled to its maximum."""
+def class_scores(model, images):
+    """Scores of the class token for the patches of whole images, in the last pair of blocks: of the
+    student, through M if it mixes these, and of the teacher, if any: (b, h, gh, gw) each."""
+    if isinstance(model, MAE):
+        vit = model.encoder
+        found = [vit(images, scores_of=[vit.depth])[1][vit.depth]]                # b h 1+n 1+n
+    else:
+        vit, teacher, (i, j) = model.student.encoder, model.teacher, model.layers[-1]
+        tokens, scores = vit(images, tokens_of=[vit.depth], scores_of=[i])
+        if model.extra is not None:
+            q, k = model.extra.attn.queries_and_keys(model.extra.norm1(tokens[vit.depth]))
+            scores[i] = attention_scores(q, k)
+        M, ours = model.mixers.get(f"scores:{i}:{j}"), scores[i]
+        found = [ours if M is None else einsum(M, ours, "t s, b s ... -> b t ..."),
+                 teacher(images_for(teacher, vit, images), scores_of=[j])[1][j]]
+    return [scores[:, :, 0, 1:].unflatten(2, vit.grid) for scores in found]
+
+
+@torch.no_grad()
+def draw_pictures(out, model, images, before):
+    """reconstruction.png, a row for each image; attention.png, the class token's scores of three
+    images, before training and after, and of the teacher. before: `class_scores` back then."""
+    student = getattr(model, "student", model)
     panels = [as_rgb(student.encoder, panel) for panel in reconstructions(student, images)]
-    save_grid(torch.stack(panels, dim=1).flatten(0, 1), out / "reconstruction.png", columns=4)
-    views, picture, rows = [(student.encoder, images[:4])], panels[0][:4], []         # b 3 H W
-    if model is not student:
-        views.append((model.teacher, images_for(model.teacher, student.encoder, images[:4])))
-    heads = max(vit.config["heads"] for vit, _ in views)
-    for vit, seen in views:
-        scores = vit(seen, scores_of=[vit.depth])[1][vit.depth]                       # b h 1+n 1+n
-        maps = scores.softmax(dim=-1)[:, :, 0, 1:].unflatten(2, vit.grid)             # b h gh gw
-        maps = F.interpolate(maps / maps.amax(dim=(2, 3), keepdim=True), picture.shape[2:])
-        maps = F.pad(maps, (0, 0, 0, 0, 0, heads - maps.shape[1]), value=1)           # white
-        rows.append(torch.cat([picture[:, None], maps[:, :, None].expand(-1, -1, 3, -1, -1)], 1))
-    save_grid(torch.stack(rows, dim=1).flatten(0, 2), out / "attention.png", columns=1 + heads)
+    save_grid(torch.stack(panels, dim=1).flatten(0, 1), out / "reconstruction.png",
+              ["image", "visible", "prediction", "both"])
+    picture, after = panels[0][:3], class_scores(model, images)                      # b 3 H W
+    maps = dict(untrained=before[0], student=after[0]) | dict(zip(["teacher"], after[1:]))
+    heads, rows = min(x.shape[1] for x in maps.values()), []
+    for scores in maps.values():
+        least, most = (f(scores, dim=(2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+        seen = F.interpolate((scores - least) / (most - least), picture.shape[2:])[:3, :heads]
+        rows.append(torch.cat([picture[:, None], seen[:, :, None].expand(-1, -1, 3, -1, -1)], 1))
+    save_grid(torch.stack(rows, dim=1).flatten(0, 2), out / "attention.png",
+              ["image", *(f"head {i + 1}" for i in range(heads))], [*maps] * 3,
+              "Scores of the class token for all patches, last block; white: the head's highest. "
+              + "The student's through M; trained on a quarter of the patches" * (len(after) > 1))
 
 
 def as_rgb(vit, images):

@@ -1,8 +1,7 @@
 """What a pre-trained encoder is worth: fine-tuning, a linear probe, k-NN.
 
-    python finetune.py --init runs/0001/student.pth                          # on drawn images
+    python finetune.py --init runs/0001/student.pth --label-fraction 0.01    # on drawn images
     python finetune.py --init runs/x/student.pth --data /path/to/imagenet    # the paper's
-    python finetune.py --init none --data cifar100                           # from scratch
     python finetune.py --init runs/x/student.pth --data fashion-mnist --mode knn
     python finetune.py --eval runs/pets/model.pth --data pets
 
@@ -12,6 +11,7 @@ epoch. New here are the classifier, layer-wise learning rates and recipes; the r
 
 import argparse
 import json
+import math
 import time
 from functools import partial
 
@@ -76,8 +76,7 @@ class Classifier(dmae.ViT):
 
 
 class Supervised(nn.Module):
-    """A classifier and its loss, to be called as MAE and DMAE are. targets: labels (b,) int64, or
-    shares of the classes (b, classes)."""
+    """A classifier's loss. targets: labels (b,) int64, or shares of the classes (b, classes)."""
 
     def __init__(self, classifier, smoothing=0.0):
         super().__init__()
@@ -215,12 +214,11 @@ FLAGS = {
     "cutmix": (None, (float, 0, 100), "alpha; with MixUp, either by chance for a batch [recipe]"),
     "erasing": (None, (float, 0, 1), "share of images with a part erased [recipe]"),
     "smoothing": (None, (float, 0, 0.99), "of the labels, 0.1 say [recipe]"),
-    "eval_every": (1, (int, 1, 10**6), "test after each N-th epoch, and the last; saves time"),
 } | dmae.MACHINE_FLAGS
 # Flags that mean something in some modes only.
 EVAL_FLAGS = {"eval", "data", "data_dir", "workers", "device", "amp"}
 MODE_FLAGS = {
-    "finetune": {*RECIPES["imagenet"], "recipe", "keep_blocks", "freeze_blocks", "eval_every",
+    "finetune": {*RECIPES["imagenet"], "recipe", "keep_blocks", "freeze_blocks",
                  "micro_batch", "compile"},
     "linear": {*RECIPES["linear"], "block", "pool"},
     "knn": {"block", "pool", "bank"},
@@ -252,10 +250,13 @@ def defaults_for(given):
         row = SETS.get(name, FOLDER) | dmae.RECIPES.get(name, dmae.RECIPES["folder"])
         values |= dict(layer_decay=1.0, model=row["student"], patch_size=row["patch_size"],
                        image_size=row["image_size"])
+    whole = values.get("epochs", 1)
+    if recipe == "small":                      # about as many steps with fewer labels
+        values["epochs"] = min(100, round(whole / given.get("label_fraction", 1)))
     epochs, warmup = given.get("epochs", values.get("epochs", 1)), given.get("warmup_epochs", 0)
     require(warmup <= epochs, f"--warmup-epochs {warmup}: there are only {epochs} epochs")
     if "epochs" in values:                     # the warm-up keeps its share
-        values["warmup_epochs"] *= epochs / values["epochs"]
+        values["warmup_epochs"] *= epochs / whole
     return values
 
 
@@ -289,8 +290,8 @@ def open_labelled(run, vit):
     train, test = run.open_data(row, config["image_size"])
     train.bicubic = 1.0
     require(test is not None and train.labels is not None and test.labels is not None, f"--data "
-            f"{name} cannot be learnt: it needs images in {name}/train/CLASS/ and {name}/val/CLASS/"
-            ", the same two or more classes in both, and no image elsewhere")
+            f"{name} cannot be learnt: it needs images in {name}/train/CLASS/ and "
+            f"{name}/val/CLASS/, of the same two or more classes, and no others")
     return train, test
 
 
@@ -379,6 +380,7 @@ def finetune(s):
     before = run.log[-1]["minutes"] if run.log else 0.0
 
     replica = run.replicate(Supervised(model, s.smoothing))
+    tested = range(s.epochs, 0, -math.ceil(3 * len(test) / len(train)))      # a tenth of the time
     for epoch in range(done, s.epochs):
         model.train()
         meter = dmae.Meter(run, epoch, steps)
@@ -396,7 +398,7 @@ def finetune(s):
             meter.add(dmae.train_step(replica, optimizer, run.scaler, lr, pieces, local,
                                       run.autocast, s.clip))
         line = meter.line(optimizer)
-        if (epoch + 1) % s.eval_every == 0 or epoch + 1 == s.epochs:
+        if epoch + 1 in tested:
             line |= evaluate(model, test, run)
         run.record(line | dict(minutes=before + (time.perf_counter() - began) / 60))
         run.save_checkpoint(train)
@@ -436,9 +438,8 @@ def linear_probe(s, train, test):
     for epoch in range(s.epochs):
         for i, ids in enumerate(dmae.epoch_order(len(x), s, epoch)):
             step = epoch * steps + i
-            for group in optimizer.param_groups:
-                group["lr"] = dmae.learning_rate(
-                    step, s.epochs * steps, round(s.warmup_epochs * steps), peak)
+            optimizer.param_groups[0]["lr"] = dmae.learning_rate(
+                step, s.epochs * steps, round(s.warmup_epochs * steps), peak)
             optimizer.zero_grad()
             F.cross_entropy(model(x[ids]), y[ids]).backward()
             optimizer.step()

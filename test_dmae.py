@@ -850,7 +850,6 @@ def test_shapes_are_balanced_and_seeded_and_pixels_tell_little():
     assert quarters.tolist() == pytest.approx(
         [128, 116, 99, 105, 167, 163, 165, 149, 116, 106, 155, 112], abs=1)
     assert not torch.equal(images, other[0]) and not torch.equal(labels, other[1])
-    data.draw_shapes.cache_clear()
     assert all(map(torch.equal, (images, labels), data.draw_shapes(500, 1)))
     (bank, a), (test, b) = (
         [torch.cat(parts) for parts in zip(*source.plain(torch.arange(len(source))), strict=True)]
@@ -1243,8 +1242,11 @@ def test_a_run_leaves_what_it_should(run, folder, teacher):
         assert found == knn_top1(features[0], labels[0], features[1], labels[1])
 
 
-def test_pictures_show_what_they_say(run):
-    image, side = read_image(run / "reconstruction.png").float(), 96 + 2     # a tile and its frame
+def test_pictures_show_what_they_say(run, folder, teacher):
+    def picture(name, left):
+        return read_image(run / name).float()[:, 20:-20, left:]              # without titles
+
+    image, side = picture("reconstruction.png", 0), 96 + 2                   # a tile and its frame
     assert image.shape[1:] == (8 * side + 2, 4 * side + 2)
     tiles = image[:, 2:, 2:].unfold(1, 96, side).unfold(2, 96, side)         # 3 rows columns 96 96
     patches = tiles.unfold(3, 24, 24).unfold(4, 24, 24).flatten(5, 6).flatten(3, 4)  # ... n pixels
@@ -1255,11 +1257,20 @@ def test_pictures_show_what_they_say(run):
     assert (both[~kept] == drawn[~kept]).all() and (drawn != original).any(-1).all()
     # Patches are drawn with their own brightness: far nearer than the mean colour is.
     assert (drawn - original).abs().mean() < 0.7 * (visible - original)[~kept].abs().mean()
-    attention = read_image(run / "attention.png")
-    assert attention.shape[1:] == (2 * 4 * side + 2, (1 + 4) * side + 2)     # student has 4 heads
-    tiles = attention[:, 2:, 2:].unfold(1, 96, side).unfold(2, 96, side)
-    assert (tiles[:, 1::2, 4] == 255).all()                                  # the teacher has three
-    assert (tiles[:, :, 1:4].amax((0, 3, 4)) == 255).all() and (tiles[:, ::2, 0] < 255).any()
+    attention = picture("attention.png", 80)
+    assert attention.shape[1:] == (3 * 3 * side + 2, (1 + 3) * side + 2)     # the teacher's heads
+    tiles = attention[0, 2:, 2:].unfold(0, 96, side).unfold(1, 96, side)[:, 1:, 12::24, 12::24]
+    _, test = data.open_data(folder, data.FOLDER, (16, 16))
+    images, _ = next(test.plain(torch.linspace(0, 15, 8).long()[:3]))
+    student, eyes = load_vit(run / "student.pth"), resize_grid(load_vit(teacher), (4, 4))
+    ours = student(images, scores_of=[4])[1][4]
+    theirs = eyes(dmae.images_for(eyes, student, images), scores_of=[3])[1][3]
+    M = content_of(run)["mixers"]["scores:4:3"]
+    for row, scores in ((1, torch.einsum("ts,bsij->btij", M, ours)), (2, theirs)):
+        maps = scores[:, :, 0, 1:].detach()
+        maps = (maps - maps.amin(2, True)) / (maps.amax(2, True) - maps.amin(2, True))
+        assert (tiles[row::3].flatten(2) - 255 * maps).abs().max() < 1.5
+    assert (tiles[::3] != tiles[1::3]).float().mean() > 0.5                  # before and after
 
 
 def test_same_bits_and_other_bits(run, folder, teacher, tmp_path):
@@ -1332,15 +1343,13 @@ def test_flags_of_images_and_steps(spied, folder, teacher, tmp_path):
 def test_flags_of_the_models(spied, folder, teacher, tmp_path):
     out = main(arguments(
         folder, teacher, "--student micro --image-size 24 --patch-size 6 --match hidden "
-        "--decoder-width 24 --decoder-depth 2 --decoder-heads 3 --no-norm-pix --epochs 1 "
-        "--train-images 8 --amp bf16", tmp_path / "a"))
+        "--no-norm-pix --epochs 1 --train-images 8 --amp bf16", tmp_path / "a"))
     vit, saved = load_vit(out / "student.pth"), content_of(out)
     assert vit.grid == (4, 4) and vit.width == 96
     assert saved["mixers"]["hidden:4:3"].shape == (24, 96)
     assert saved["config"].items() >= dict(
-        norm_pix=False, decoder_width=24, decoder_depth=2, decoder_heads=3,
+        norm_pix=False, decoder_width=48, decoder_depth=1, decoder_heads=3,
         match=["hidden"]).items()
-    assert saved["decoder"]["decoder_blocks.1.attn.qkv.weight"].shape == (72, 24)
     assert spied.steps[0].amp == torch.bfloat16 and log_of(out)[1]["hidden"] > 0
     out = main(arguments(folder, out / "student.pth", "--student micro --match probs,hidden "
                          "--alpha 2 --no-mixer --epochs 1", tmp_path / "c"))
@@ -1411,7 +1420,7 @@ def test_resume_refuses_what_is_not_its_own(folder, tmp_path, capsys):
           capsys)
     fails(["--resume", tmp_path], "no run of this program is there", capsys)
     fails(resume, "no run of this program is there", capsys, finetune)
-    for other in ("none", "self", f"{out}/student.pth"):
+    for other in ("none", f"{out}/student.pth"):
         fails([*resume, "--teacher", other], "not what the run began with: give", capsys)
     new = shutil.copy(images / "train" / "a" / "00.png", images / "train" / "a" / "new.png")
     fails(resume, "with 40 training images of 8 classes, not these", capsys)
@@ -1431,7 +1440,7 @@ def test_resume_refuses_what_is_not_its_own(folder, tmp_path, capsys):
 
 
 def test_what_is_not_this_runs_is_not_overwritten(run, folder, tmp_path, capsys, monkeypatch):
-    """Runs in numbered folders; a run where --teacher self would put its own; photographs."""
+    """Runs in numbered folders; a finished run; photographs."""
     monkeypatch.chdir(tmp_path)
     runs = [main(arguments(folder, "none", "--epochs 0")[:-2]) for _ in range(2)]
     assert [str(out) for out in runs] == ["runs/0001", "runs/0002"]
@@ -1442,19 +1451,24 @@ def test_what_is_not_this_runs_is_not_overwritten(run, folder, tmp_path, capsys,
     own = shutil.copytree(run, tmp_path / "a" / "teacher")
     before = files_in(own)
     fails(arguments(folder, "none", out=own), f"holds a run .*--resume {own}, or name", capsys)
-    fails(["--train-images", 64, "--epochs", 1, "--out", own.parent], "holds a run", capsys)
     assert files_in(own) == before
 
 
-def test_teacher_self_is_an_earlier_run_without_teacher(tmp_path, monkeypatch):
-    real = data.draw_shapes                                      # fewer of them: it takes seconds
-    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: real(count // 20, seed))
-    own, first, second = (tmp_path / name for name in ("own", "first", "second"))
-    for out, more in ((own, ""), (first, "--teacher none --student micro"),
-                      (second, f"--teacher {first}/student.pth")):
-        main(f"--train-images 64 --epochs 1 --seed 3 --out {out} {more}".split())
-    assert same_run(own / "teacher", first) and same_run(own, second)
-    assert weights(own)["mixers.scores:4:4"].shape == (6, 4)
+def test_the_teacher_that_comes_with_the_project(tmp_path, monkeypatch, capsys):
+    """It is small, tells figures apart, and without it the default run says where it is from."""
+    file = Path(dmae.__file__).parent / "weights" / "shapes_teacher.pth"
+    assert file.stat().st_size < 3e6
+    vit, (images, labels, _) = load_vit(file), data.draw_shapes(1200, 3)
+    assert torch.equal(vit.pos_embed[:, 1:], sincos_positions(128, (8, 8)))    # not halved, either
+    source = data.SmallSet(images, labels, (), SETS["shapes"], (32, 32))
+    with torch.no_grad():
+        features = torch.cat([dmae.pooled_features(vit, x)
+                              for x, _ in source.plain(torch.arange(1200))])
+    assert knn_top1(features[:1000], labels[:1000], features[1000:], labels[1000:]) > 0.4
+    monkeypatch.chdir(tmp_path)
+    shape = dmae.RECIPES["shapes"] | dict(teacher=str(tmp_path / "weights" / "shapes_teacher.pth"))
+    monkeypatch.setitem(dmae.RECIPES, "shapes", shape)
+    fails([], "no file .*weights/shapes_teacher.pth.*README.md says how it was trained", capsys)
 
 
 def test_what_stops_a_run_is_one_line_and_loses_nothing(run, folder, teacher, tmp_path, monkeypatch,
@@ -1513,22 +1527,23 @@ def test_the_papers_recipe_is_the_default_for_a_folder():
         student="tiny", epochs=400, warmup_epochs=40, batch_size=4096, blr=1.5e-4,
         weight_decay=0.05, mask_ratio=0.75, norm_pix=True, layers=None, match="scores", alpha=1,
         decoupled=False, image_size=224, patch_size=16, crop_scale=0.08, train_images=None,
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), decoder_width=None, seed=0,
-        decoder_depth=None, decoder_heads=None, micro_batch=None, teacher_preset="base").items()
-    keys = ("student", "teacher_preset", "epochs", "batch_size", "blr")
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), seed=0, micro_batch=None,
+        mixer=True).items()
+    keys = ("student", "epochs", "batch_size", "blr")
     assert {name: [settings(data=name, teacher="none")[key] for key in keys]
             for name in ("shapes", "fashion-mnist", "cifar10", "cifar100", "pets")} == {
-        "shapes": ["nano", "micro", 2, 32, 0.024], "fashion-mnist": ["nano", "mini", 4, 128, 0.003],
-        "cifar10": ["nano", "mini", 20, 128, 0.003], "cifar100": ["nano", "mini", 20, 128, 0.003],
-        "pets": ["tiny", "base", 400, 4096, 1.5e-4]}                   # of the README's results
+        "shapes": ["slim", 7, 128, 6e-3], "fashion-mnist": ["slim", 4, 128, 6e-3],
+        "cifar10": ["slim", 20, 128, 6e-3], "cifar100": ["slim", 20, 128, 6e-3],
+        "pets": ["tiny", 400, 4096, 1.5e-4]}                           # of the README's results
 
 
 def test_what_is_given_comes_first_and_suits_the_rest(tmp_path):
     def found(*keys, **given):
         return [settings(**given)[key] for key in keys]
 
+    own = Path(dmae.__file__).parent / "weights" / "shapes_teacher.pth"
     assert found("teacher", "student", "epochs", "warmup_epochs", "batch_size", epochs=5,
-                 student="slim") == ["self", "slim", 5, 0.5, 32]
+                 student="nano") == [str(own), "nano", 5, 0.5, 128]
     assert found("warmup_epochs", epochs=2, warmup_epochs=2) == [2]
     # A teacher as wide as MAE-Base, on drawn images: short by default, for a CPU.
     wide, keys = tmp_path / "base.pth", ("train_images", "epochs", "warmup_epochs")
@@ -1536,7 +1551,7 @@ def test_what_is_given_comes_first_and_suits_the_rest(tmp_path):
     assert found(*keys, teacher=str(wide)) == [4000, 4, 0.4]
     assert found(*keys, teacher=f"{wide}:12", epochs=9) == [4000, 9, 0.9]
     save_student(tmp_path / "own.pth", MAE(small_vit()))
-    assert found(*keys, teacher=str(tmp_path / "own.pth")) == [None, 2, 0.2]
+    assert found(*keys, teacher=str(tmp_path / "own.pth")) == [None, 7, 0.7]
 
 
 BAD = {
@@ -1549,8 +1564,9 @@ BAD = {
     "--teacher none --match probs": "match: not with", f"--out {'x' * 300}": "name too long",
     "--out file/below": "Not a dir", "--batch-size 41": "more than the 40",
     "--train-images 41": "from 1 to 40", "--warmup-epochs 3": "only 2 epochs",
-    "--crop-scale 0": "from 0.001", "--decoder-heads 5": "must divide", "--amp fp16": "a CUDA",
-    "--decoder-width 6": "multiple of 4", "--device toaster": "toaster cannot be used",
+    "--crop-scale 0": "from 0.001", "--match probs,x": "choose from scores",
+    "--amp fp16": "a CUDA", "--no-mixer": "must agree: the student has 4, the teacher 3",
+    "--device toaster": "toaster cannot be used",
     "--device meta": "meta cannot be used", "--resume empty": "leave out --batch-size, --blr"}
 
 
@@ -1561,7 +1577,7 @@ def test_bad_input_is_one_line_and_loses_nothing(flags, folder, teacher, tmp_pat
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("a file")
     fails([*arguments(folder, teacher), *flags.split()], BAD[flags], capsys)
-    fails(["--data", folder], "--teacher is missing.*FILE.*none.*self", capsys)
+    fails(["--data", folder], "--teacher is missing.*FILE.*none", capsys)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "file"]
 
 
@@ -1597,7 +1613,7 @@ def test_recipes_of_the_paper():
         assert settings(data=name, teacher="none").items() >= dict(
             student=scratch["model"], image_size=scratch["image_size"],
             patch_size=scratch["patch_size"]).items()
-    assert s.items() >= dict(label_fraction=1, pool="mean", eval_every=1, mode="finetune").items()
+    assert s.items() >= dict(label_fraction=1, pool="mean", mode="finetune").items()
     assert settings(finetune, data="pets", init="x.pth", mode="linear").items() >= dict(
         epochs=100, warmup_epochs=10, batch_size=512, blr=0.3, weight_decay=0).items()     # ours
     # The warm-up keeps its share of the epochs.
@@ -1676,7 +1692,7 @@ def test_fine_tuning_leaves_what_it_should(fine, run, folder, capsys):
     assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pth",
                                                "model.pth"}
     assert [(x["epoch"], x["step"]) for x in log] == [(1, 5), (2, 10)]
-    assert " ".join(log[0]) == ("epoch step lr images_per_second loss top1 top5 test_loss "
+    assert " ".join(log[1]) == ("epoch step lr images_per_second loss top1 top5 test_loss "
                                 "minutes")
     assert 0 < log[0]["minutes"] < log[1]["minutes"]
     assert fine == dict(
@@ -1808,7 +1824,7 @@ def test_tuning_flags_reach_the_images_and_the_steps(spied, run, folder, tmp_pat
                         lambda *args, **more: policies.append((args, more)) or real(*args, **more))
     result = tune(run / "student.pth", folder, (
         "--recipe transfer --warmup-epochs 1 --crop-scale 0.9 --randaugment 3 --mixup 0.5 --seed 4 "
-        "--micro-batch 3 --amp bf16 --keep-blocks 3 --freeze-blocks 2 --eval-every 3 --epochs 4 "
+        "--micro-batch 3 --amp bf16 --keep-blocks 3 --freeze-blocks 2 --epochs 4 "
         "--label-fraction 0.4 --no-compile --data-dir there"), tmp_path / "a")
     assert policies == [((3,), dict(fill=114))]                  # 255 times ImageNet's mean colour
     train, _ = spied.sources
@@ -1826,7 +1842,7 @@ def test_tuning_flags_reach_the_images_and_the_steps(spied, run, folder, tmp_pat
     frozen = ("cls_token", "pos_embed", "patch_embed.", "blocks.0.", "blocks.1.")
     assert {n for n in after if n in before and torch.equal(before[n], after[n])} == {
         n for n in after if n.startswith(frozen)}
-    assert ["top1" in line for line in log_of(tmp_path / "a")] == [False, False, True, True]
+    assert ["top1" in line for line in log_of(tmp_path / "a")] == [True, False, False, True]
 
 
 @pytest.fixture(scope="module")
@@ -2013,17 +2029,16 @@ def torchrun(*argv, program=dmae):
 
 
 def test_process_default_run_shortened_by_two_under_torchrun(tmp_path):
-    # The second process has nothing to save: it must wait for the teacher that the first one does.
     out = tmp_path / "out"
-    output = torchrun("--train-images", 320, "--epochs", 1, "--out", out)
-    for words in (f"run {out}/teacher: micro on 320 images of shapes, 16 of 64 patches visible",
-                  f"run {out}: nano on 320", "none, plain MAE", "teacher: ViT 96 wide",
-                  "10 steps, 1 of warm-up, learning rate 0.003\n", "predicting nothing: 0.979",
-                  f"in {out}: student.pth"):
-        assert output.count(words) == 1 + ("steps" in words or "nothing" in words), words
-    assert {p.name for p in out.iterdir()} == RUN_FILES | {"teacher"}
-    assert len(log_of(out)) == len(log_of(out / "teacher")) == 2
-    assert weights(out)["mixers.scores:4:4"].shape == (6, 4)
+    output = torchrun("--train-images", 640, "--epochs", 1, "--out", out)
+    for words in (f"run {out}: slim on 640 images of shapes, 16 of 64 patches visible",
+                  "teacher: ViT 128 wide, 6 blocks, 8 heads by its own config",
+                  "5 steps, 0 of warm-up, learning rate 0.003\n", "predicting nothing: 0.979",
+                  f"in {out}: student.pth", "k-NN top-1, raw pixels", "k-NN top-1, teacher ",
+                  f"--init {out}/student.pth\n"):
+        assert output.count(words) == 1, words
+    assert {p.name for p in out.iterdir()} == RUN_FILES and len(log_of(out)) == 2
+    assert weights(out)["mixers.scores:6:6"].shape == (8, 8)
 
 
 def test_process_killed_and_resumed(folder, teacher, tmp_path):
@@ -2059,4 +2074,4 @@ def test_process_two_fine_tune_under_torchrun(run, folder, tmp_path):
     assert two["top1"] == pytest.approx(one["top1"], abs=1 / 15 + 1e-6)
     for a, b in zip(log_of(one["out"]), log_of(two["out"])):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
-        assert b["test_loss"] == pytest.approx(a["test_loss"], rel=1e-3)
+        assert b.get("test_loss") == pytest.approx(a.get("test_loss"), rel=1e-3)

@@ -102,9 +102,9 @@ CURVES = dict(mae=("MAE loss", 1), attn=("distillation loss", 1), knn=("k-NN top
 COLUMNS = {
     "knn": ("k-NN", "--mode knn --bank 10000"),
     "linear": ("linear", "--mode linear"),
-    "1%": ("1 % labels", "--label-fraction 0.01 --epochs {0} --eval-every {0}"),
-    "10%": ("10 % labels", "--label-fraction 0.1 --epochs {1} --eval-every {1}"),
-    "100%": ("all labels", "--epochs {2} --eval-every {2}"),
+    "1%": ("1 % labels", "--label-fraction 0.01 --epochs {0}"),
+    "10%": ("10 % labels", "--label-fraction 0.1 --epochs {1}"),
+    "100%": ("all labels", "--epochs {2}"),
 }
 HELD_OUT = {"held-out": ("linear, held out", "--mode linear")}        # by `held_out`, below
 # The first K blocks kept, the others begun anew; K = 6 is the column `1%` or `10%` itself.
