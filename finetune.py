@@ -24,8 +24,7 @@ from torchvision.transforms import InterpolationMode, v2
 import dmae
 from data import FOLDER, PHOTOS, SETS, require, seed_of, seeded, write
 
-# The paper's two recipes; every value has a flag. The learning rate is blr * batch / 256;
-# RandAugment's scale is 0 to 10; it, clip, mixup, cutmix, erasing and smoothing are off at 0.
+# The paper's two recipes. The help of the flag of that name explains each value.
 IMAGENET = dict(
     optimizer="adamw", epochs=300, warmup_epochs=5, batch_size=1024, blr=1e-3, end_lr=1e-6,
     weight_decay=0.05, layer_decay=0.85, clip=0.0, crop_scale=0.08, randaugment=10, mixup=0.2,
@@ -332,8 +331,8 @@ def report(run, train, line):
     keys = ("mode", "data", "init", "seed", "label_fraction", "recipe", "epochs", "batch_size",
             "blr", "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank", "out")
     result = {key: getattr(run.s, key) for key in keys if getattr(run.s, key) is not None}
-    keys = ("top1", "top5", "minutes", "broken_images")
-    result |= {"train_images": len(train)} | {key: line[key] for key in keys if key in line}
+    result |= {"train_images": len(train)} | {
+        key: line[key] for key in ("top1", "top5", "minutes", "broken_images") if key in line}
     run.say(json.dumps(result))
     return result
 

@@ -340,14 +340,6 @@ def tables_of(lines, data):
                              "largest difference"], rows)
 
 
-def headline(lines, data):
-    """The README's table: what the labels are worth after each kind of pre-training."""
-    return markdown(["pre-training", "1 % of the labels", "all labels, one epoch"], [
-        [ROWS[row][0], *(mean_and_deviation(values_of(lines, data, row, column))
-                         for column in ("1%", "100%"))]
-        for row in ("scratch", "mae", "mae-long", "dmae", "better")])
-
-
 def figures(lines, folder):
     """Draws curves over pre-training, mean and range over seeds; yields each data set's file."""
     try:

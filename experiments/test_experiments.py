@@ -17,7 +17,7 @@ import data
 import dmae
 import finetune
 from dmae import DMAE, MAE, ViT
-from experiments import analyze, loader, speed, study
+from experiments import analyze, first_run, loader, speed, study
 
 # torchvision announces the end of its decoders; the core does without them when it comes.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -394,7 +394,7 @@ def test_tables_of_the_texts_are_those_of_the_lines():
     for name, table in study.tables(lines).items():
         assert table in full, f"write this one into STUDY.md: {name}\n{table}"
     readme = (here.parent / "README.md").read_text(encoding="utf-8")
-    table = study.headline(lines, "fashion-mnist")
+    table = "\n".join(first_run.table(first_run.read(first_run.FLAGS["results"][0])))
     assert table in readme, f"write this one into README.md:\n{table}"
     s = argparse.Namespace(results=study.RESULTS, runs="runs", data_dir="data")
     assert study.line_of(s, *(lines[1][key] for key in ("data", "row", "seed", "column")))
