@@ -19,6 +19,7 @@ ch channels, gh x gw the grid of patches. A mask holds 1 where a patch is hidden
 import argparse
 import contextlib
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -361,12 +362,13 @@ def resize_grid(vit, grid):
     """Bring a ViT's position table to another grid (rows, columns), in place; returns the ViT.
 
     A sine-cosine table is computed anew, also one whose halves are swapped, as MoCo-v3 has it; a
-    learnt one is interpolated bicubically. The class token's row stays."""
+    learnt one is interpolated bicubically, as DINOv2's and Hugging Face's code does (timm's blurs
+    first). The class token's row stays."""
     if tuple(grid) == vit.grid:
         return vit
     stored = vit.pos_embed.detach()
     table = rearrange(stored[:, 1:], "1 (gh gw) c -> 1 c gh gw", gh=vit.grid[0])
-    table = F.interpolate(table, size=tuple(grid), mode="bicubic", antialias=True)
+    table = F.interpolate(table, size=tuple(grid), mode="bicubic")
     patches = rearrange(table, "1 c gh gw -> 1 (gh gw) c")
     for shift in (0, vit.width // 2):
         fixed, wanted = (sincos_positions(vit.width, sides).roll(shift, dims=-1).to(stored)
@@ -426,10 +428,10 @@ def check_distillation(model, teacher, layers, mixer, decoupled):
 # Where the state dict lies in a file, in this order; DINO's `teacher` stands beside a `student`.
 CONTAINERS = ("model", "state_dict", "teacher")
 # What may stand before the names; _orig_mod is torch.compile's.
-PREFIX = re.compile(r"((module|_orig_mod|model|base_encoder|backbone|vit)\.)*")
+PREFIX = re.compile(r"((module|_orig_mod|model|base_encoder|backbone|vit|dinov2)\.)*")
 # Hugging Face's names, of its files and of transformers 5 in memory, to timm's.
 RENAMINGS = [
-    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
@@ -439,10 +441,22 @@ RENAMINGS = [
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"^layernorm\.", "norm.")]
 # What else lies in files of encoders: decoders, heads, the D-MAE authors' teacher and mixer, ...
 UNUSED = ("mask_token", "decoder", "head.", "tch_model.", "attn_adapter.", "momentum_encoder.",
           "predictor.")
+
+# Names of tensors that give away what `ViT` is not.
+FOREIGN = [
+    (r"(reg|register|storage)_tokens?$", "a ViT with register tokens"),
+    (r"rope|periods", "a ViT with rotary positions, as DINOv3"),
+    (r"mlp\.(w12|w3|weights_in|gate_proj)\.", "a ViT with SwiGLU"),
+    (r"^visual\.|pre_layr?norm|norm_pre\.", "CLIP, with a norm before its blocks and QuickGELU"),
+    (r"attn_pool\.|position_embedding\.", "SigLIP, which has no class token"),
+    (r"(layers|blocks)\.\d+\.blocks\.", "Swin, whose resolution changes"),
+    (r"relative_position", "a ViT with relative positions, as BEiT"),
+    (r"dwconv|conv_dw", "ConvNeXt, which has no attention")]
 
 
 def read_weights(path):
@@ -472,14 +486,15 @@ def read_weights(path):
 
 def load_vit(path, heads=None):
     """A `ViT` with the weights in a file of this project, the MAE release, the D-MAE authors, timm,
-    Hugging Face, MoCo-v3, DINO (its teacher) or DeiT; `description` says what was read.
+    Hugging Face, MoCo-v3, DINO (its teacher), DINOv2 or DeiT; `description` says what was read.
 
     Sizes come from the tensors. Heads are in none and come from the first of these that knows:
 
         1. our own file's config
         2. the D-MAE authors' files: 12
-        3. the width: 768 has 12, 1024 and 1280 have 16
-        4. the caller: `heads`, or written behind the path, "x.pth:3"
+        3. layer scale and patches of 14, as DINOv2 has: each is 64 wide
+        4. the width: 768 has 12, 1024 and 1280 have 16
+        5. the caller: `heads`, or written behind the path, "x.pth:3"
 
     Raises InputError for heads that contradict this, and for any tensor that is missing, does not
     fit, or is neither the encoder's nor of a kind known to be unused. `others` of the result holds
@@ -513,11 +528,20 @@ def load_vit(path, heads=None):
     others |= {n: t for n, t in state.items() if extra.match(n)}
     state = {n: t for n, t in state.items() if n not in others}
 
-    # 3. Sizes.
+    for (pattern, kind), name in itertools.product(FOREIGN, state):
+        require(not re.search(pattern, name), f"{path} holds {kind} ({name}): take a plain ViT")
+
+    # 3. Sizes; layer scale is folded into the layer before it, which is exact.
     try:
+        scales = [name for name in state if re.search(r"\.ls[12]\.gamma$", name)]
+        for name in scales:
+            layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+            gamma, weight, bias = (state.pop(n).float()
+                                   for n in (name, f"{layer}.weight", f"{layer}.bias"))
+            state |= {f"{layer}.weight": gamma[:, None] * weight, f"{layer}.bias": gamma * bias}
         width, side = len(state["blocks.0.norm1.weight"]), math.isqrt(state["pos_embed"].shape[1])
         channels, patch_size, _ = state["patch_embed.proj.weight"].shape[1:]
-    except (LookupError, AttributeError, ValueError, TypeError) as error:
+    except (LookupError, AttributeError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{path} holds no plain ViT: no pos_embed, patch_embed and blocks of one "
                          f"among its tensors ({', '.join(list(state)[:3])}, ...)") from error
     config = dict(patch_size=patch_size, channels=channels, width=width, depth=depth,
@@ -530,6 +554,8 @@ def load_vit(path, heads=None):
         config |= {key: own[key] for key in ("image_size", "mean", "std")}
     elif "module.model." in prefixes or container == "model" and "module.base_encoder." in prefixes:
         known, why = 12, "being the D-MAE authors'"
+    elif scales and patch_size == 14:
+        known, why = width // 64, "being DINOv2's"
     else:
         known, why = {768: 12, 1024: 16, 1280: 16}.get(width), f"its width, {width}"
     require(known or heads is not None, f"{path}: a ViT {width} wide may have any number of heads "
@@ -557,12 +583,29 @@ def load_vit(path, heads=None):
 
 
 def split_heads(path, heads=None):
-    """"x.pth:3" -> Path("x.pth"), 3. A file that is really called so stays whole."""
+    """"x.pth:3" -> Path("x.pth"), 3. A file that is really called so stays whole. x.pth may be an
+    address: it is downloaded."""
     match = re.fullmatch(r"(.+):(\d+)", str(path))
     if not match or os.path.exists(path):
-        return Path(path), heads
+        return fetch(path), heads
     require(heads in (None, int(match[2])), f"{path}, and {heads} heads: give one number")
-    return Path(match[1]), int(match[2])
+    return fetch(match[1]), int(match[2])
+
+
+def fetch(path):
+    """The path of a file; what is at an http address is downloaded into torch's cache, once."""
+    if not re.match("https?://", str(path)):
+        return Path(path)
+    file = Path(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "_", path) + Path(path).suffix)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(path, str(file))
+            read_weights(file)                                   # whole?
+        except (OSError, http.client.HTTPException, ValueError) as error:     # also InputError
+            file.unlink(missing_ok=True)
+            raise InputError(f"{path} cannot be had ({error}): download it yourself") from error
+    return file
 
 
 # ===================================================================================== pre-training
@@ -642,7 +685,8 @@ def epoch_order(images, s, epoch):
 def pretrain(s):
     """One run with the settings `s`, a Namespace; returns its folder."""
     run = Run(s, "teacher")
-    teacher = None if s.teacher == "none" else load_vit(s.teacher)
+    with run.first_alone():
+        teacher = None if s.teacher == "none" else load_vit(s.teacher)
     model = new_model(s, teacher)
     train, test = run.open_data(vars(s), (s.image_size, s.image_size), s.train_images)
     steps, local, share = run.divide(len(train))
@@ -870,18 +914,20 @@ class Run:
         dtype = torch.float16 if s.amp == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(self.device.type, dtype, enabled=s.amp != "off")
 
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
+    @contextlib.contextmanager
+    def first_alone(self):
+        """What is done within, the first process does before the others: downloads, once."""
+        for turn in (False, True):
+            if turn == (self.rank > 0):
+                yield
+            if self.world > 1:
+                dist.barrier()
 
     def open_data(self, row, size, train_images=None):
-        """Training and test source; the first process opens, and downloads, before the others."""
-        if self.rank > 0:
-            self.wait()
-        self.sources = open_data(self.s.data, row, size, self.s.data_dir, train_images,
-                                 self.device, self.s.workers, self.s.seed)
-        if self.rank == 0:
-            self.wait()
+        """Training and test source."""
+        with self.first_alone():
+            self.sources = open_data(self.s.data, row, size, self.s.data_dir, train_images,
+                                     self.device, self.s.workers, self.s.seed)
         return self.sources
 
     def divide(self, images):

@@ -339,7 +339,9 @@ def report(run, train, line):
 
 def begin(s):
     """(run, encoder, training and test source): all that can be wrong comes to light in here."""
-    run, vit = dmae.Run(s, "init"), open_encoder(s)
+    run = dmae.Run(s, "init")
+    with run.first_alone():
+        vit = open_encoder(s)
     train, test = open_labelled(run, vit)
     next(test.plain(torch.arange(min(8, len(test)))))            # unreadable: now, not in an hour
     require(run.world == 1 or s.mode == "finetune", f"--mode {s.mode} takes one process")
