@@ -150,7 +150,7 @@ class ViT(nn.Module):
         # The strided convolution, as the matrix product that it is.
         weight = rearrange(self.patch_embed["proj"].weight, "c ch p1 p2 -> c (p1 p2 ch)")
         x = F.linear(patches, weight, self.patch_embed["proj"].bias) + positions      # b k c
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)         # b 1 c
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)     # b 1 c
         return torch.cat([cls.to(x.dtype), x], dim=1)                                 # b 1+k c
 
     def encode(self, images):

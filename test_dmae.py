@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -218,6 +219,24 @@ def test_what_is_asked_for_is_returned_and_nothing_past_it_computed():
     assert vit(images, tokens_of=[1])[0][1].isfinite().all()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_student_and_a_classifier_can_be_exported(dynamic):
+    """Features and logits, also at another batch size than the one of the example."""
+    classifier = finetune.Classifier(5, image_size=32, patch_size=8, width=32, depth=2, heads=4)
+    class Program(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.model, self.forward = function.__self__, function
+
+    images = torch.randn(3, 3, 32, 32)
+    sizes = {"images": {0: torch.export.Dim("batch")}} if dynamic else None
+    for function in small_vit().eval().encode, classifier.eval().logits:
+        with torch.no_grad():
+            exported = torch.export.export(Program(function), (images,), dynamic_shapes=sizes)
+            for x in (images, torch.randn(7, 3, 32, 32))[:1 + dynamic]:
+                assert torch.equal(exported.module()(x), function(x))
+
+
 def test_painted_patches_survive_masking_and_unshuffling():
     """Patch i is painted with the number i; an encoder and a decoder that only pass numbers on must
     put every visible number back into its place."""
@@ -360,6 +379,41 @@ def test_grey_small_student_under_a_large_colour_teacher():
     torch.testing.assert_close(teacher.pos_embed[:, 1:], sincos_positions(48, (8, 8)))
     assert model(images)["scores"].isfinite() and model.mixers["scores:2:2"].shape == (6, 4)
     assert dmae.images_for(student, student, images) is images         # nothing to do: no bit moves
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(match="probs,hidden"), dict(decoupled=True)])
+def test_nothing_is_left_on_the_cpu(options):
+    """A small grey student under a colour teacher, a classifier, images of a set: on fake CUDA
+    tensors, which need no GPU."""
+    def on_cuda(tensor):
+        fake = mode.from_tensor(tensor)
+        with mode:
+            return fake.to("cuda")
+
+    def move(model):
+        for module in itertools.chain(*(m.modules() for m in model)):
+            module._buffers |= {n: on_cuda(x) for n, x in module._buffers.items()}
+            module._parameters |= {n: nn.Parameter(on_cuda(x.data), x.requires_grad)
+                                   for n, x in module._parameters.items() if x is not None}
+
+    mode, student = FakeTensorMode(), ViT(32, 8, 1, 32, 3, 4, (0.3,), (0.2,))
+    decode_after = 2 if options.get("decoupled") else None
+    model = DMAE(MAE(student, 16, 1, 2, decode_after=decode_after), ViT(56, 14, 3, 48, 2, 6),
+                 **options)
+    classifier = finetune.Classifier(5, image_size=32, patch_size=8, width=32, depth=2, heads=4)
+    move([model, model.teacher, classifier])
+    source = data.SmallSet(noise(6, 1, 32, 32), torch.arange(6), (), SETS["fashion-mnist"],
+                           (32, 32))
+    source.items, source.mean, source.std = map(on_cuda, (source.items, source.mean, source.std))
+    source.device, source.labels = torch.device("cuda"), mode.from_tensor(source.labels)
+    with mode:
+        (images, labels), = source.plain(torch.arange(4))
+        colour = images.expand(-1, 3, -1, -1)
+        found = [images, labels, classifier.logits(colour), *dmae.class_scores(model, images),
+                 *dmae.reconstructions(model.student, images), *model(images).values(),
+                 dmae.pooled_features(student, images)]
+    assert {x.device.type for x in found} == {"cuda"}
 
 
 BAD_SETTINGS = {
@@ -608,7 +662,7 @@ REFUSED = {
     "SwiGLU": (lambda s: s | {"blocks.0.mlp.w12.weight": s["norm.bias"]}, "a ViT with SwiGLU"),
     "CLIP": (lambda s: s | {"vision_model.pre_layrnorm.bias": s["norm.bias"]}, "CLIP, with a norm"),
     "open CLIP": (lambda s: under("visual.", s), "CLIP, with a norm"),
-    "SigLIP": (lambda s: s | {"embeddings.position_embedding.weight": s["norm.bias"]}, "no class token"),
+    "SigLIP": (lambda s: under("attn_pool.", s), "SigLIP, which has no class token"),
     "BEiT": (lambda s: s | {"blocks.0.attn.relative_position_bias_table": s["norm.bias"]}, "BEiT"),
     "Swin": (lambda s: under("layers.0.blocks.", s), "Swin, whose"),
     "ConvNeXt": (lambda s: under("stages.0.", {"0.dwconv.weight": s["norm.bias"]}), "ConvNeXt"),

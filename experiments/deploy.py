@@ -1,0 +1,117 @@
+"""A trained file as a program that runs without this project: how large, how fast, how exact.
+
+    pip install onnx onnxscript onnxruntime
+    python -m experiments.deploy runs/0002/model.pth --out deployed --data shapes
+
+Writes model.pt2 (torch.export), model.onnx and model_int8.onnx (weights in 8 bits), each for any
+number of images, and a line of JSON for each: size, time for one image on one thread, difference
+from the original, and with --data the accuracy on its test images. An encoder gives features (b, 1
++ n, c), all tokens after the final norm; a fine-tuned classifier logits (b, classes). Images are
+normalised as the file's config says.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import dmae
+import finetune
+from data import InputError, open_data, require
+
+FLAGS = {
+    "data": (None, "DIR|NAME", "of a classifier: test it on these, too"),
+    "data_dir": ("data", "DIR", "where named sets lie, or are downloaded to"),
+    "steps": (30, (int, 1, 10**6), "images to time, one by one; the median counts"),
+    "out": ("deployed", "DIR", "where the programs are written"),
+}
+
+
+class Program(nn.Module):
+    """A method of a module, images (b, ch, height, width) -> tensor, as a module of its own."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.model, self.forward = method.__self__, method
+
+
+def export(method, images, out):
+    """Write the three files into `out`; returns {name: how to call it, images -> outputs}."""
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+
+    program, batch = Program(method).eval(), {"images": {0: torch.export.Dim("batch")}}
+    torch.export.save(torch.export.export(program, (images,), dynamic_shapes=batch),
+                      out / "model.pt2")
+    torch.onnx.export(program, (images,), out / "model.onnx", dynamo=True, dynamic_shapes=batch,
+                      external_data=False, verbose=False)
+    quantize_dynamic(out / "model.onnx", out / "model_int8.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+
+    def runtime(name):
+        session = onnxruntime.InferenceSession(out / name, options)
+        entry, = session.get_inputs()
+        return lambda x: torch.from_numpy(session.run(None, {entry.name: x.numpy()})[0])
+
+    return {"model.pt2": torch.export.load(out / "model.pt2").module(),
+            **{name: runtime(name) for name in ("model.onnx", "model_int8.onnx")}}
+
+
+def milliseconds(call, image, steps):
+    """The median time of a call, after three to warm up."""
+    times = []
+    for _ in range(steps + 3):
+        began = time.perf_counter()
+        call(image)
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[3:])
+
+
+@torch.no_grad()
+def deploy(file, s):
+    vit = dmae.load_vit(file)
+    model = finetune.load_classifier(file) if "head.weight" in vit.others else vit
+    method, config, out = getattr(model, "logits", model.encode), vit.config, Path(s.out)
+    require(not s.data or model is not vit, f"--data: {file} is an encoder, without classes")
+    test = open_data(s.data, dict(config, crop_scale=1.0), config["image_size"], s.data_dir)[
+        1] if s.data else None
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    images = torch.randn(4, config["channels"], *config["image_size"],
+                         generator=torch.Generator().manual_seed(0))
+    try:
+        programs = export(method, images, out)
+    except ImportError as error:
+        raise InputError(f"{error}: pip install onnx onnxscript onnxruntime") from error
+    lines = []
+    for name, call in {Path(file).name: method, **programs}.items():
+        path, expected = (Path(file) if call is method else out / name), method(images)
+        lines.append(dict(
+            file=name, megabytes=round(path.stat().st_size / 1e6, 2),
+            milliseconds=round(milliseconds(call, images[:1], s.steps), 2),
+            difference=float((call(images) - expected).norm() / expected.norm())))
+        if test is not None:
+            right = [(call(x).argmax(dim=1) == y).float() for x, y in
+                     test.plain(torch.arange(len(test)))]
+            lines[-1]["top1"] = torch.cat(right).mean().item()
+        print(json.dumps(lines[-1]), flush=True)
+    return lines
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    file, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    with dmae.command_line("experiments.deploy FILE", FLAGS, argv) as given:
+        require(file, "a file of an encoder or of a classifier is missing: name it first")
+        settings = {name: flag[0] for name, flag in FLAGS.items()} | given
+        return deploy(file, argparse.Namespace(**settings))
+
+
+if __name__ == "__main__":
+    main()
