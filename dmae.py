@@ -688,14 +688,14 @@ def pretrain(s):
     with run.first_alone():
         teacher = None if s.teacher == "none" else load_vit(s.teacher)
     model = new_model(s, teacher)
-    train, test = run.open_data(vars(s), (s.image_size, s.image_size), s.train_images)
+    student = model if teacher is None else model.student
+    train, test = run.open_data(vars(s), student.encoder.config["image_size"], s.train_images)
     steps, local, share = run.divide(len(train))
     plain, _ = next((test or train).plain(torch.linspace(0, len(test or train) - 1, 8).long()))
     run.open_folder()                   # what can be wrong has come to light before this
 
     model.to(run.device)
     before = class_scores(model, plain)
-    student = model if teacher is None else model.student
     total, warmup = s.epochs * steps, round(s.warmup_epochs * steps)
     peak = s.blr * s.batch_size / 256
     optimizer = torch.optim.AdamW(parameter_groups(model, s.weight_decay), lr=peak,
@@ -753,8 +753,15 @@ def pretrain(s):
 
 # ============================================================================================= runs
 
+def sides(text):
+    """"224", or "160,224" for height and width -> [height, width]."""
+    if not re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4})?", text):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of pixels, or HEIGHT,WIDTH")
+    return [int(side) for side in text.split(",") * 2][:2]
+
+
 # name: (default, kind, help). kind: the type of a number, its least and most; bool, for --x and
-# --no-x; choices; or what the help calls a text. The first belong to every program here.
+# --no-x; choices; what the help calls a text; a function of one. The first belong to every program.
 MACHINE_FLAGS = {
     "data_dir": ("data", "DIR", "where named sets lie, or are downloaded to"),
     "seed": (0, (int, 0, 2**63 - 1), "of everything random; vary it for error bars"),
@@ -772,7 +779,7 @@ FLAGS = {
     "data": ("shapes", "DIR|NAME", f"a folder of images, or {', '.join(SETS)}"),
     "train_images": (None, (int, 1, 10**9), "use only N: shortens any run [all]"),
     "student": (None, tuple(PRESETS), "size of the student [set]"),
-    "image_size": (None, (int, 1, 10**5), "side of the student's images [set]"),
+    "image_size": (None, sides, "side of the student's images, or HEIGHT,WIDTH [set]"),
     "patch_size": (None, (int, 1, 10**5), "side of its patches; the teacher gets its grid [set]"),
     "crop_scale": (None, (float, 1e-3, 1), "least area of a crop; small images want more [set]"),
     "mask_ratio": (0.75, (float, 0, 1), "share of patches hidden; a lower one is slower"),
@@ -813,6 +820,7 @@ def command_line(prog, flags, argv):
     for name, (default, kind, text) in flags.items():
         options = (dict(action=argparse.BooleanOptionalAction) if kind is bool
                    else dict(metavar=kind) if isinstance(kind, str)
+                   else dict(metavar="N", type=kind) if callable(kind)
                    else dict(choices=kind) if isinstance(kind[0], str)
                    else dict(type=partial(number, *kind), metavar=kind[0].__name__))
         text += "" if default is None else f" [{default}]"
@@ -897,8 +905,8 @@ class Run:
         try:
             self.device = torch.Generator(s.device).device                  # fails for device meta
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise InputError(f"--device {s.device} cannot be used here: take cpu, or cuda where "
-                             "there is one") from error
+            raise InputError(f"--device {s.device} cannot be used here: take cpu, or cuda or mps "
+                             "where there is one") from error
         cuda = self.device.type == "cuda"
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         s.amp = s.amp or ("bf16" if bf16 else "fp16" if cuda else "off")

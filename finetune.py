@@ -189,7 +189,7 @@ FLAGS = {
     "data": ("shapes", "DIR|NAME", f"folder of train/CLASS/ and val/CLASS/, or {', '.join(SETS)}"),
     "mode": ("finetune", ("finetune", "linear", "knn"), "what is trained: all, a layer, nothing"),
     "model": (None, tuple(dmae.PRESETS), "size of a model from scratch [as in dmae.py]"),
-    "image_size": (None, (int, 1, 4096), "side of the images [the encoder's]"),
+    "image_size": (None, dmae.sides, "side of the images, or HEIGHT,WIDTH [the encoder's]"),
     "patch_size": (None, (int, 1, 4096), "of a model from scratch [as in dmae.py]"),
     "label_fraction": (1.0, (float, 1e-9, 1), "train on this share of each class, by the seed"),
     "keep_blocks": (None, (int, 0, 1000), "blocks that are not begun anew, from below [all]"),
@@ -269,9 +269,9 @@ def open_encoder(s):
         vit.others = {}
     else:
         vit = dmae.load_vit(s.init)
-        side, rest = divmod(s.image_size or 0, vit.config["patch_size"])
-        require(not rest, f"--image-size {s.image_size}: must be a multiple of the patch size")
-        dmae.resize_grid(vit, (side, side) if side else vit.grid)
+        sides, p = s.image_size or vit.config["image_size"], vit.config["patch_size"]
+        require(not any(side % p for side in sides), f"--image-size: no multiple of patch size {p}")
+        dmae.resize_grid(vit, [side // p for side in sides])
     for name in ("keep_blocks", "freeze_blocks", "block"):
         require((getattr(s, name) or 0) <= vit.depth, f"--{name.replace('_', '-')} "
                 f"{getattr(s, name)}: the encoder has blocks 1 to {vit.depth}, 0 is its embedding")

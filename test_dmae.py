@@ -1484,10 +1484,10 @@ def test_flags_of_images_and_steps(spied, folder, teacher, tmp_path):
 
 def test_flags_of_the_models(spied, folder, teacher, tmp_path):
     out = main(arguments(
-        folder, teacher, "--student micro --image-size 24 --patch-size 6 --match hidden "
+        folder, teacher, "--student micro --image-size 24,12 --patch-size 6 --match hidden "
         "--no-norm-pix --epochs 1 --train-images 8 --amp bf16", tmp_path / "a"))
     vit, saved = load_vit(out / "student.pth"), content_of(out)
-    assert vit.grid == (4, 4) and vit.width == 96
+    assert vit.grid == (4, 2) and vit.width == 96
     assert saved["mixers"]["hidden:4:3"].shape == (24, 96)
     assert saved["config"].items() >= dict(
         norm_pix=False, decoder_width=48, decoder_depth=1, decoder_heads=3,
@@ -1643,6 +1643,9 @@ def test_every_flag_has_limits_a_help_and_a_test(program, capsys):
         assert len(text) > 10 and re.search(rf"{flag[2:]}[ \"]", tests), flag
         if isinstance(kind, str):
             good = {f"{flag}=some text": "some text"}
+        elif kind is dmae.sides:
+            good = {f"{flag}=16": [16, 16], f"{flag}=16,24": [16, 24]}
+            wrong = ["0", "16,", "16,0", "16x16", "100000", "-1", ""]
         elif kind is bool:
             good = {flag: True, flag.replace("--", "--no-"): False}
         elif isinstance(kind[0], str):
@@ -1952,12 +1955,12 @@ def test_two_steps_of_sgd_by_hand(run, folder, tmp_path, monkeypatch):
     result = tune(run / "student.pth", folder, (
         "--optimizer sgd --label-fraction 0.4 --epochs 1 --warmup-epochs 0 --blr 1 --end-lr 0.01 "
         "--weight-decay 0.5 --layer-decay 0.5 --clip 0.1 --smoothing 0.2 --mixup 0 --randaugment 0 "
-        "--image-size 24 --device cpu --micro-batch 3"), tmp_path / "a")
+        "--image-size 24,16 --device cpu --micro-batch 3"), tmp_path / "a")
     scales = sorted((0.5**i, decay) for i in range(6) for decay in (0.0, 0.5))
-    assert found == [(pytest.approx(lr), 0.2, 0.1, True, (8, 3, 24, 24), scales)
+    assert found == [(pytest.approx(lr), 0.2, 0.1, True, (8, 3, 24, 16), scales)
                      for lr in (1 / 32, (1 / 32 + 0.01) / 2)]
     assert result["train_images"] == 16
-    assert load_vit(tmp_path / "a" / "model.pth").grid == (6, 6)
+    assert load_vit(tmp_path / "a" / "model.pth").grid == (6, 4)
 
 
 def test_tuning_flags_reach_the_images_and_the_steps(spied, run, folder, tmp_path, monkeypatch):
@@ -2112,7 +2115,7 @@ BAD_TUNING = {
     "{student} --patch-size 4": "--patch-size has no", "{student} --pool cls": "--pool has no",
     "{student} --mode linear --mixup 1": "--mixup has no meaning", "--init {grey}": "grey images",
     "{student} --mode knn --epochs 1": "--epochs has no", "--eval {run}/student.pth": "classifier",
-    "{student} --image-size 30": "multiple of the patch size", "{student} --erasing 1.1": "1",
+    "{student} --image-size 16,30": "no multiple of patch size 4", "{student} --erasing 1.1": "1",
     "{student} --randaugment 11": "from 0 to 10", "{student} --smoothing 1": "from 0 to 0.99",
     "{student} --layer-decay 1.1": "from 0 to 1", "{student} --epochs 0": "from 1 to",
     "{student} --label-fraction 1.1": "to 1$", "{student} --epochs 2 --warmup-epochs 9": "only 2",
