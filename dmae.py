@@ -710,12 +710,12 @@ def pretrain(s):
             f"MAE loss of predicting nothing: {nothing:.3f}; learning begins below it")
     knn = partial(nearest_neighbours, run, train, test)
     features = partial(pooled_features, student.encoder)
+    measures = dict(knn_pixels=lambda x: x.flatten(1), knn=features)
+    if teacher and teacher.width <= 4 * student.encoder.width:       # else it would take too long
+        measures["knn_teacher"] = lambda x: pooled_features(
+            teacher, images_for(teacher, student.encoder, x))
     if not run.log:
-        # A teacher far larger than the student would take longer than all of the run.
-        rivals = {} if teacher is None or teacher.width > 4 * student.encoder.width else dict(
-            knn_teacher=lambda x: pooled_features(teacher, images_for(teacher, student.encoder, x)))
-        run.record(dict(epoch=0, step=0) | knn(
-            knn_pixels=lambda x: x.flatten(1), **rivals, knn=features))
+        run.record(dict(epoch=0, step=0) | knn(**measures))
 
     replica = run.replicate(model)
     measured = range(s.epochs, 0, -math.ceil(60_000 / len(train)))     # a tenth of the time, about
@@ -741,17 +741,14 @@ def pretrain(s):
     if run.rank == 0:
         save_student(run.out / "student.pth", model)
         draw_pictures(run.out, model, plain, before)
-    run.say(f"in {run.out}: student.pth, reconstruction.png, attention.png, log.jsonl")
-    first, last = run.log[0], run.log[-1]
-    rows = {"raw pixels": first.get("knn_pixels"), "untrained": first.get("knn"),
-            "student": last.get("knn"), "teacher": first.get("knn_teacher")}
-    run.say("".join(f"k-NN top-1, {row:10} {100 * x:5.1f} %\n" for row, x in rows.items() if x)
-            + f"next: python finetune.py --data {s.data} --label-fraction 0.01 "
-            f"--init {run.out}/student.pth\nand its rivals: --init none, dmae.py --teacher none")
+    run.say(f"{summary(run.log)}in {run.out}: student.pth, reconstruction.png, attention.png\n"
+            f"next: python finetune.py --init {run.out}/student.pth --data {s.data} "
+            "--label-fraction 0.01\nrivals: the same with --init none; dmae.py --teacher none")
     return run.out
 
 
 # ============================================================================================= runs
+
 
 def sides(text):
     """"224", or "160,224" for height and width -> [height, width]."""
@@ -1083,6 +1080,14 @@ def nearest_neighbours(run, train, test, bank=5_000, queries=1_000, **functions)
                for source, n in ((train, bank), (test, queries))]
     return {name: knn_top1(*(x for sample in samples for x in features_of(run, *sample, function)))
             for name, function in functions.items()}
+
+
+def summary(log):
+    """A table of what k-NN found, before training and last."""
+    first, last = log[0], log[-1]
+    rows = {"raw pixels": first.get("knn_pixels"), "untrained": first.get("knn"),
+            "student": last.get("knn"), "teacher": first.get("knn_teacher")}
+    return "".join(f"k-NN top-1, {row:10} {100 * x:5.1f} %\n" for row, x in rows.items() if x)
 
 
 def file_hash(path):

@@ -2180,7 +2180,7 @@ def test_process_default_run_shortened_by_two_under_torchrun(tmp_path):
                   "teacher: ViT 128 wide, 6 blocks, 8 heads by its own config",
                   "5 steps, 0 of warm-up, learning rate 0.003\n", "predicting nothing: 0.979",
                   f"in {out}: student.pth", "k-NN top-1, raw pixels", "k-NN top-1, teacher ",
-                  f"--init {out}/student.pth\n"):
+                  f"--init {out}/student.pth --data shapes"):
         assert output.count(words) == 1, words
     assert {p.name for p in out.iterdir()} == RUN_FILES and len(log_of(out)) == 2
     assert weights(out)["mixers.scores:6:6"].shape == (8, 8)
