@@ -710,12 +710,8 @@ def pretrain(s):
             f"MAE loss of predicting nothing: {nothing:.3f}; learning begins below it")
     knn = partial(nearest_neighbours, run, train, test)
     features = partial(pooled_features, student.encoder)
-    measures = dict(knn_pixels=lambda x: x.flatten(1), knn=features)
-    if teacher and teacher.width <= 4 * student.encoder.width:       # else it would take too long
-        measures["knn_teacher"] = lambda x: pooled_features(
-            teacher, images_for(teacher, student.encoder, x))
     if not run.log:
-        run.record(dict(epoch=0, step=0) | knn(**measures))
+        run.record(dict(epoch=0, step=0) | knn(**rivals(student.encoder, teacher), knn=features))
 
     replica = run.replicate(model)
     measured = range(s.epochs, 0, -math.ceil(60_000 / len(train)))     # a tenth of the time, about
@@ -1080,6 +1076,15 @@ def nearest_neighbours(run, train, test, bank=5_000, queries=1_000, **functions)
                for source, n in ((train, bank), (test, queries))]
     return {name: knn_top1(*(x for sample in samples for x in features_of(run, *sample, function)))
             for name, function in functions.items()}
+
+
+def rivals(encoder, teacher):
+    """What else k-NN compares before training: pixels, and a teacher that is not too slow for it."""
+    found = dict(knn_pixels=lambda images: images.flatten(1))
+    if teacher and teacher.width <= 4 * encoder.width:
+        found["knn_teacher"] = lambda images: pooled_features(
+            teacher, images_for(teacher, encoder, images))
+    return found
 
 
 def summary(log):
