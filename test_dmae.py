@@ -610,6 +610,19 @@ def test_layer_scale_is_folded_as_dinov2_has_it(tmp_path, grid):
         torch.testing.assert_close(found, norm(x), atol=1e-4, rtol=1e-4)
 
 
+def test_timm_takes_a_student_as_the_readme_says(tmp_path, monkeypatch):
+    names = dict(timm=pytest.importorskip("timm"), torch=torch)
+    code = re.search(r"```python\n(.*?)```", Path(dmae.__file__).with_name("README.md").read_text(
+        encoding="utf-8"), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    Path("runs/x").mkdir(parents=True)
+    save_student(Path("runs/x/student.pth"), MAE(scramble(ViT())))
+    exec(code, names)
+    vit, images = load_vit("runs/x/student.pth"), torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(names["vit"].eval().forward_features(images), vit.encode(images),
+                               atol=1e-3, rtol=1e-3)
+
+
 def refusal(path, heads=None):
     """What load_vit says when it refuses: one line."""
     with pytest.raises(InputError) as caught:
