@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 from data import require, write
-from dmae import RECIPES, command_line
+from dmae import command_line
 from experiments.study import commit
 
-TEACHER = RECIPES["shapes"]["teacher"]
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = "weights/shapes_teacher.pth"
 PRETRAINED = {"MAE": "--teacher none", "D-MAE": ""}
 STARTS = {"none (scratch)": "none", "MAE": "{runs}/MAE-{seed}/student.pth",
           "D-MAE": "{runs}/D-MAE-{seed}/student.pth", "MAE, the teacher": TEACHER}
@@ -39,7 +40,8 @@ def run(path, lines, key, command, out):
         return
     print("$ python", command, flush=True)
     began = time.perf_counter()
-    process = subprocess.run([sys.executable, *command.split(), "--out", str(out)])
+    program, *flags = command.split()
+    process = subprocess.run([sys.executable, ROOT / program, *flags, "--out", str(out)])
     require(process.returncode == 0, f"python {command} failed")
     minutes = (time.perf_counter() - began) / 60
     first, *_, last = map(json.loads, (out / "log.jsonl").read_text().splitlines())

@@ -17,7 +17,7 @@ import data
 import dmae
 import finetune
 from dmae import DMAE, MAE, ViT
-from experiments import analyze, first_run, loader, speed, study
+from experiments import analyze, deploy, first_run, loader, speed, study
 
 # torchvision announces the end of its decoders; the core does without them when it comes.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -384,6 +384,34 @@ def test_bad_input_to_a_study_is_one_line(capsys):
             ("no lines in it yet", "--results", "nowhere", "--report"),
             ("No such file or directory", "--results", "no/folder")):
         fails(study, words, argv, capsys)
+
+
+def test_first_run_measures_once_and_tables_what_it_measured(tmp_path):
+    lines, key = [], dict(row="D-MAE", column="k-NN", seed=0)
+    for _ in range(2):                                          # the second has nothing to do
+        first_run.run(tmp_path / "lines", lines, key,
+                      "dmae.py --train-images 128 --epochs 1 --workers 0", tmp_path / "run")
+    line, = first_run.read(tmp_path / "lines")
+    log = [json.loads(text) for text in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert lines == [line] and line.items() >= (key | dict(
+        top1=log[1]["knn"], untrained=log[0]["knn"], knn_teacher=log[0]["knn_teacher"])).items()
+    rows = list(first_run.table([line, line | dict(seed=1, top1=line["top1"] + 0.02)]))
+    assert f"| {100 * line['top1'] + 1:.1f} ± 1.4 |" in rows[4] and "| |" not in rows[0]
+
+
+def test_deployed_programs_agree(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = finetune.Classifier(10, image_size=32, patch_size=4, width=48, depth=2, heads=4)
+    file = tmp_path / "model.pth"
+    torch.save(dict(model=model.state_dict(), config=model.config), file)
+    lines = deploy.main([str(file), "--steps", "1", "--out", str(tmp_path / "out")])
+    assert [line["file"] for line in lines] == [
+        "model.pth", "model.pt2", "model.onnx", "model_int8.onnx"]
+    exact, same, onnx, small = (line["difference"] for line in lines)
+    assert exact == same == 0 and onnx < 1e-5 < small < 0.1
+    assert lines[3]["megabytes"] < 0.5 * lines[2]["megabytes"]
+    fails(deploy, "a file of an encoder", [], capsys)
 
 
 def test_tables_of_the_texts_are_those_of_the_lines():
