@@ -618,9 +618,7 @@ PRESETS = {
     "mini":  ((128, 6, 8), (64, 1, 4)),          # the teacher there
     "tiny":  ((192, 12, 12), (96, 1, 3)),        # the paper's: 12 heads, where DeiT-Tiny has 3
     "small": ((384, 12, 12), (192, 1, 6)),
-    "base":  ((768, 12, 12), (512, 8, 16)),      # the MAE release's, with its decoders
-    "large": ((1024, 24, 16), (512, 8, 16)),
-    "huge":  ((1280, 32, 16), (512, 8, 16)),     # published with --patch-size 14
+    "base":  ((768, 12, 12), (512, 8, 16)),      # the usual teacher
 }
 # `folder` is the paper's recipe for ImageNet; the others are sized for two CPU cores.
 SMALL = dict(student="slim", epochs=20, batch_size=128, blr=6e-3)
@@ -1079,7 +1077,7 @@ def nearest_neighbours(run, train, test, bank=5_000, queries=1_000, **functions)
 
 
 def rivals(encoder, teacher):
-    """What else k-NN compares before training: pixels, and a teacher that is not too slow for it."""
+    """What else k-NN compares before training: pixels, and a teacher if it is not too slow."""
     found = dict(knn_pixels=lambda images: images.flatten(1))
     if teacher and teacher.width <= 4 * encoder.width:
         found["knn_teacher"] = lambda images: pooled_features(
