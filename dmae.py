@@ -1167,8 +1167,8 @@ def draw_pictures(out, model, images, before):
         rows.append(torch.cat([picture[:, None], seen[:, :, None].expand(-1, -1, 3, -1, -1)], 1))
     save_grid(torch.stack(rows, dim=1).flatten(0, 2), out / "attention.png",
               ["image", *(f"head {i + 1}" for i in range(heads))], [*maps] * 3,
-              "Scores of the class token for the patches of whole images, last blocks compared; white "
-              "is most." + " Student: through M, if it mixes scores." * (len(after) > 1))
+              "Scores of the class token for the patches of whole images, last blocks compared. "
+              "White is most." + " Student: through M, if it mixes scores." * (len(after) > 1))
 
 
 def as_rgb(vit, images):
