@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import data
 import dmae
 import finetune
 from dmae import DMAE, MAE, ViT
-from experiments import analyze, deploy, first_run, loader, speed, study
+from data import SETS
+from experiments import analyze, deploy, first_run, loader, rivals, speed, study
 
 # torchvision announces the end of its decoders; the core does without them when it comes.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -412,6 +414,74 @@ def test_deployed_programs_agree(tmp_path, capsys):
     assert exact == same == 0 and onnx < 1e-5 < small < 0.1
     assert lines[3]["megabytes"] < 0.5 * lines[2]["megabytes"]
     fails(deploy, "a file of an encoder", [], capsys)
+
+
+def rival(method, **changes):
+    torch.manual_seed(0)
+    kind, views, _ = rivals.METHODS[method]
+    return kind(ViT(16, 4, 3, 32, 2, 4), argparse.Namespace(classes=3, **changes)), views
+
+
+def test_losses_of_the_rivals_are_those_of_the_papers():
+    q, keys = torch.randn(6, 5), torch.randn(6, 5)
+    model, _ = rival("mocov3")
+    sure = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for b in keys])
+                        for a in q]).div(0.2).softmax(dim=1).diagonal()
+    assert model.contrast(q, keys).item() == pytest.approx(-0.4 * sure.log().mean().item())
+    model, _ = rival("dino")
+    model.centre.fill_(0.3)
+    s, t = torch.randn(2, 3, 1024), torch.randn(2, 3, 1024)              # views images prototypes
+    by_hand = sum(-(((t[i, b] - 0.3) / 0.04).softmax(0) * (s[1 - i, b] / 0.1).log_softmax(0)).sum()
+                  for i in range(2) for b in range(3)) / 6
+    assert model.cross_entropy(s.flatten(0, 1), t.flatten(0, 1)).item() == pytest.approx(
+        by_hand.item(), rel=1e-5)
+    model, _ = rival("simmim")
+    images = torch.randn(2, 3, 16, 16)
+    _, mask = model.inputs([images], torch.zeros(2), torch.Generator().manual_seed(0))
+    units = mask.view(2, 2, 2, 2, 2).transpose(2, 3).flatten(3).flatten(1, 2)      # images unit 4
+    assert (units.all(-1) | ~units.any(-1)).all() and (mask.sum(1) == 8).all()     # 2 of 4 units
+    before = model(images, mask)["loss"]
+    unseen = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    model.head.weight.data.zero_()
+    model.head.bias.data.zero_()
+    expected = images.abs()[unseen.expand(-1, 3, -1, -1)].mean()
+    torch.testing.assert_close(model(images, mask)["loss"], expected)
+    assert before != expected
+
+
+@pytest.mark.parametrize("method", ["mocov3", "dino"])
+def test_averages_follow_and_the_centre_moves(method):
+    model, _ = rival(method)
+    old = [p.clone() for p in model.average.parameters()]
+    for p in model.parameters():
+        p.data += 0.1
+    moved = [p.clone() for p in model.average.parameters()]                  # they moved as well
+    model.after_step(0.0)
+    rate = 0.01 if method == "mocov3" else 0.004
+    parts = nn.ModuleList([model.encoder, *([model.projector] if method == "mocov3" else
+                                            [model.neck, model.prototypes])])
+    for a, b, p in zip(model.average.parameters(), moved, parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b + rate * (p - b))
+    assert len(old) == len(moved)
+    x = torch.randn(4, 2, 3, 16, 16)
+    loss = model(x, torch.zeros(4))["loss"]
+    loss.backward()
+    assert all(p.grad is None for p in model.average.parameters())
+    assert method == "mocov3" or model.centre.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", ["simmim", "mocov3", "dino", "supervised"])
+def test_a_rival_leaves_a_student_that_the_core_reads(method):
+    out = rivals.main([method, *"--student nano --epochs 4 --batch-size 64 --blr 6e-3 --workers 0 "
+                       "--image-size 16 --out run".split()])
+    log = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 5 and log[4]["loss"] < log[1]["loss"] + (method == "dino")
+    vit = dmae.load_vit(out / "student.pth")
+    images, _, _ = data.draw_shapes(500, 3)
+    source = data.SmallSet(images, None, (), SETS["shapes"], (16, 16))
+    features = torch.cat([dmae.pooled_features(vit, x) for x, _ in source.plain(torch.arange(20))])
+    assert features.detach().std(dim=0).mean() > 0.05                        # not collapsed
+    finetune.main(["--init", str(out / "student.pth"), "--mode", "knn", "--out", "knn"])
 
 
 def test_tables_of_the_texts_are_those_of_the_lines():
