@@ -55,14 +55,18 @@ def run(path, lines, key, command, out):
 
 
 def table(lines):
-    """The README's table, in Markdown: mean ± deviation over seeds, in percent."""
+    """The README's table, in Markdown: mean ± deviation over seeds, in percent, and behind it how
+    many seeds there are if not all."""
+    seeds = len({line["seed"] for line in lines})
+
     def cell(row, column, name="top1", unit=100):
         values = [unit * line[name] for line in lines
                   if (line["row"], line["column"]) == (row, column) and name in line]
         if not values:
             return ""
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread}"
+        few = "" if len(values) == seeds else f" ({len(values)})"
+        return f"{statistics.mean(values):.1f}{spread}{few}"
 
     yield "| pre-training | minutes | k-NN | 1 % of the labels | all labels |"
     yield "|---|---|---|---|---|"
