@@ -7,8 +7,7 @@ Wang et al., "A Closer Look at Self-Supervised Lightweight Vision Transformers",
     python dmae.py                                      # draws its images; the teacher in weights/
     python dmae.py --teacher mae_base.pth --data /path/to/imagenet               # the paper's run
 
-First the paper: ViT, MAE, D-MAE. Then what they rest on, teacher files, pre-training, and runs:
-flags, folder, log, k-NN, pictures.
+First the paper: ViT, MAE, D-MAE. Then what they rest on, teacher files, pre-training, and runs.
 
 Shapes in comments and einops patterns: b batch, n patches, k kept (visible) patches, h heads,
 d width of a head, c width of the tokens, p side of a patch, s and t heads of student and teacher.

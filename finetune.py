@@ -2,7 +2,6 @@
 
     python finetune.py --init runs/0001/student.pth --label-fraction 0.01    # on drawn images
     python finetune.py --init runs/x/student.pth --data /path/to/imagenet    # the paper's
-    python finetune.py --init runs/x/student.pth --data fashion-mnist --mode knn
     python finetune.py --eval runs/pets/model.pth --data pets
 
 The last line printed is the result, as JSON: top-1 and top-5 on the whole test set after the last
@@ -42,8 +41,7 @@ RECIPES = {
     "linear": dict(epochs=100, warmup_epochs=10, batch_size=512, blr=0.3, weight_decay=0.0),
     "knn": {},
 }
-# Which of them a data set gets; a folder gets ImageNet's.
-RECIPE_OF = dict.fromkeys(PHOTOS, "transfer") | {
+RECIPE_OF = dict.fromkeys(PHOTOS, "transfer") | {          # a folder gets ImageNet's
     "cifar100": "cifar", "cifar10": "cifar", "fashion-mnist": "small", "shapes": "small"}
 
 # ======================================================================================= classifier
@@ -214,9 +212,8 @@ FLAGS = {
     "erasing": (None, (float, 0, 1), "share of images with a part erased [recipe]"),
     "smoothing": (None, (float, 0, 0.99), "of the labels, 0.1 say [recipe]"),
 } | dmae.MACHINE_FLAGS
-# Flags that mean something in some modes only.
 EVAL_FLAGS = {"eval", "data", "data_dir", "workers", "device", "amp"}
-MODE_FLAGS = {
+MODE_FLAGS = {                                   # those that mean something in some modes only
     "finetune": {*RECIPES["imagenet"], "recipe", "keep_blocks", "freeze_blocks",
                  "micro_batch", "compile"},
     "linear": {*RECIPES["linear"], "block", "pool"},
