@@ -64,12 +64,14 @@ def export(method, images, out):
 
 
 def milliseconds(call, image, steps):
-    """The median time of a call, after three to warm up."""
-    times = []
+    """The median time of a call on one thread, after three to warm up."""
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(steps + 3):
         began = time.perf_counter()
         call(image)
         times.append(1000 * (time.perf_counter() - began))
+    torch.set_num_threads(threads)
     return statistics.median(times[3:])
 
 
@@ -82,7 +84,6 @@ def deploy(file, s):
     test = open_data(s.data, dict(config, crop_scale=1.0), config["image_size"], s.data_dir)[
         1] if s.data else None
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     images = torch.randn(4, config["channels"], *config["image_size"],
                          generator=torch.Generator().manual_seed(0))
     try:
