@@ -102,7 +102,7 @@ class Source(Dataset):
 
 
 def resize_and_crop(images, size):
-    """For evaluation, images (..., h, w): enlarged to 256/224 of size (H, W), then its centre."""
+    """For evaluation, images (..., h, w): resized to 256/224 of size (H, W), then the centre."""
     images = TF.resize(images, [round(max(size) * 256 / 224)], InterpolationMode.BICUBIC)
     return TF.center_crop(images, size)
 

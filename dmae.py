@@ -412,7 +412,7 @@ def check_distillation(model, teacher, layers, mixer, decoupled):
             "the scores of its extra block: not together with layers or with match hidden")
     for kind in match:
         t, s = mixed(teacher, kind), mixed(encoder, kind)
-        require(mixer or t == s, f"without a mixer heads, to match hidden widths, must agree: the "
+        require(mixer or t == s, "without a mixer heads (widths, for hidden) must agree: the "
                 f"student has {s}, the teacher {t}")
     require(ours in (1, theirs), f"a student of {ours}-channel images cannot feed a teacher of "
             f"{theirs}-channel ones")
@@ -708,7 +708,7 @@ def pretrain(s):
     knn = partial(nearest_neighbours, run, train, test)
     features = partial(pooled_features, student.encoder)
     if not run.log:
-        run.record(dict(epoch=0, step=0) | knn(**rivals(student.encoder, teacher), knn=features))
+        run.record(dict(epoch=0, step=0) | knn(**baselines(student.encoder, teacher), knn=features))
 
     replica = run.replicate(model)
     measured = range(s.epochs, 0, -math.ceil(60_000 / len(train)))     # a tenth of the time, about
@@ -1075,7 +1075,7 @@ def nearest_neighbours(run, train, test, bank=5_000, queries=1_000, **functions)
             for name, function in functions.items()}
 
 
-def rivals(encoder, teacher):
+def baselines(encoder, teacher):
     """What else k-NN compares before training: pixels, and a teacher if it is not too slow."""
     found = dict(knn_pixels=lambda images: images.flatten(1))
     if teacher and teacher.width <= 4 * encoder.width:

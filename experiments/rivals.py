@@ -10,7 +10,6 @@ so that students differ in the method alone. Sizes of heads are ours, for images
 Letters as in dmae.py; k prototypes or width of an embedding, v views.
 """
 
-import argparse
 import copy
 import math
 import sys
@@ -220,14 +219,14 @@ def pretrain(method, s):
     vit, (kind, count, decay) = dmae.new_vit(s.student, s), METHODS[method]
     train, test = run.open_data(vars(s), vit.config["image_size"], s.train_images)
     require(method != "supervised" or train.labels is not None, "supervised needs classes")
-    s.classes, s.method = len(train.classes), method
+    s.classes = len(train.classes)
     steps, _, _ = run.divide(len(train))
     model = kind(vit, s).to(run.device)
     run.open_folder()
     total, warmup = s.epochs * steps, round(s.warmup_epochs * steps)
     peak = s.blr * s.batch_size / 256
-    groups = dmae.parameter_groups(model, decay[0])
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(dmae.parameter_groups(model, decay[0]), lr=peak,
+                                  betas=(0.9, 0.95))
     run.parts = dict(model=model, optimizer=optimizer, scaler=run.scaler)
     done = run.load_checkpoint(train)
     run.say(f"run {run.out}: {method}, {s.student} on {len(train):,} images of {s.data}; {total} "
@@ -249,7 +248,7 @@ def pretrain(method, s):
                                        seed_of(s.seed, 2, step, view)))) for view in range(count)]
             labels = torch.zeros(len(images)).long() if labels is None else labels
             pieces = [model.inputs(views, labels, generator)]
-            groups[0]["weight_decay"] = optimizer.param_groups[0]["weight_decay"] = decay[1] + (
+            optimizer.param_groups[0]["weight_decay"] = decay[1] + (
                 decay[0] - decay[1]) * (1 + math.cos(math.pi * step / total)) / 2
             lr = dmae.learning_rate(step, total, warmup, peak)
             meter.add(dmae.train_step(model, optimizer, run.scaler, lr, pieces, len(images),
@@ -270,10 +269,10 @@ def main(argv=None):
     method, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     with dmae.command_line("experiments.rivals METHOD", FLAGS, argv) as given:
         require(method in METHODS, f"{method}: name a method first, {', '.join(METHODS)}")
-        require("resume" not in given, "--resume: begin anew")
-        row = dmae.defaults_for(given | dict(teacher="none"))
-        defaults = {name: flag[0] for name, flag in FLAGS.items()}
-        return pretrain(method, argparse.Namespace(**defaults | row | given | dict(teacher="none")))
+        s = dmae.settings_of(given, FLAGS, "teacher", lambda given: dict(
+            dmae.defaults_for(given | dict(teacher="none")), teacher="none", method=method))
+        require(s.method == method, f"--resume {s.out} is a run of {s.method}: name that")
+        return pretrain(method, s)
 
 
 if __name__ == "__main__":
