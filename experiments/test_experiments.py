@@ -404,7 +404,7 @@ def test_first_run_measures_once_and_tables_what_it_measured(tmp_path):
 def test_deployed_programs_agree(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = finetune.Classifier(10, image_size=32, patch_size=4, width=48, depth=2, heads=4)
+    model = finetune.Classifier(10, image_size=32, patch_size=4, width=96, depth=2, heads=4)
     file = tmp_path / "model.pth"
     torch.save(dict(model=model.state_dict(), config=model.config), file)
     lines = deploy.main([str(file), "--steps", "1", "--out", str(tmp_path / "out")])
@@ -412,7 +412,7 @@ def test_deployed_programs_agree(tmp_path, capsys):
         "model.pth", "model.pt2", "model.onnx", "model_int8.onnx"]
     exact, same, onnx, small = (line["difference"] for line in lines)
     assert exact == same == 0 and onnx < 1e-5 < small < 0.1
-    assert lines[3]["megabytes"] < 0.5 * lines[2]["megabytes"]
+    assert lines[3]["megabytes"] < 0.5 * lines[2]["megabytes"]     # weights a quarter, graph whole
     fails(deploy, "a file of an encoder", [], capsys)
 
 
