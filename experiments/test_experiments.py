@@ -19,7 +19,8 @@ import dmae
 import finetune
 from dmae import DMAE, MAE, ViT
 from data import SETS
-from experiments import analyze, deploy, first_run, loader, rivals, speed, study
+from experiments import (analyze, comparison, deploy, first_run, loader, rivals, speed,
+                         study)
 
 # torchvision announces the end of its decoders; the core does without them when it comes.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -483,6 +484,40 @@ def test_a_rival_leaves_a_student_that_the_core_reads(method):
     features = torch.cat([dmae.pooled_features(vit, x) for x, _ in source.plain(torch.arange(20))])
     assert features.detach().std(dim=0).mean() > 0.05                        # not collapsed
     finetune.main(["--init", str(out / "student.pth"), "--mode", "knn", "--out", "knn"])
+
+
+def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkeypatch, capsys):
+    shapes = data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda count, seed: shapes(count // 4, seed))
+    setting = dict(epochs=1, train=200, held=40, teacher=Path(
+        dmae.__file__).with_name("weights") / "shapes_teacher.pth")
+    monkeypatch.setitem(comparison.DATA, "shapes", comparison.DATA["shapes"] | setting)
+    argv = ["--data", "shapes", "--results", "r.jsonl", "--seeds", "0,1"]
+    asked = [*argv, "--rows", "mae", "--columns", "knn"]
+    comparison.main(asked)
+    table = comparison.main(asked)["shapes: top-1 in percent"]                # not run again
+    comparison.main([*argv[:-1], "1", "--rows", "untrained,simmim", "--columns", "knn"])
+    lines = first_run.read("r.jsonl")
+    assert [(x["row"], x["seed"], x["column"]) for x in lines] == [
+        ("mae", 0, "pretrain"), ("mae", 0, "knn"), ("mae", 1, "pretrain"), ("mae", 1, "knn"),
+        ("untrained-teacher", 0, "pretrain"), ("untrained", 1, "pretrain"),
+        ("untrained", 1, "knn"), ("simmim", 1, "pretrain"), ("simmim", 1, "knn")]
+    mae = [100 * x["top1"] for x in lines if (x["row"], x["column"]) == ("mae", "knn")]
+    assert f"| MAE | {np.mean(mae):.1f} ± {np.std(mae, ddof=1):.1f} (2) | " in table
+    for x in lines:                              # what a line says is what has run
+        if x["column"] == "pretrain":
+            out = Path(comparison.folder(x["command"]))
+            assert json.loads((out / "config.json").read_text())["settings"]["seed"] == x["seed"]
+            assert dmae.file_hash(out / "student.pth") == x["sha256"]
+    monkeypatch.setitem(comparison.ROWS, "mae", ("MAE", "mae", "--mask-ratio 0.5"))
+    monkeypatch.setitem(comparison.ALL_ROWS, "mae", comparison.ROWS["mae"])
+    assert "| MAE |" not in comparison.main([*argv, "--rows", "scratch", "--columns", "pretrain"])[
+        "shapes: top-1 in percent"]
+    comparison.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
+    lines = first_run.read("r.jsonl")[9:]
+    assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
+    assert "--blr 6e-3 --train-images 160" in lines[0]["command"] and lines[0]["images"] == 128
+    fails(comparison, "--rows dame: choose of scratch", ["--rows", "dame"], capsys)
 
 
 def test_tables_of_the_texts_are_those_of_the_lines():

@@ -1,0 +1,318 @@
+"""Which pre-training suits a small ViT? The paper's comparison at small scale, with error bars.
+
+    python -m experiments.comparison                          # everything, the first table first
+    python -m experiments.comparison --rows mae,dmae --columns knn,linear,1% --seeds 0,1,2
+    python -m experiments.comparison --report                 # tables and the figure of our lines
+
+A cell is one command: a data set, a way to pre-train (row), a seed, and what is measured (column;
+`pretrain` is the pre-training itself). It runs once: it adds a line to --results, and is known by
+its command, in which the folder of each run it starts from is a hash of that run's command. So a
+row whose flags were changed is measured anew, and nothing else is. Stop whenever you like: the same
+command goes on. Several may run side by side, of other --seeds, once the teachers are trained.
+
+All students have the same network and see 120,000 images of the set. Seeds of different rows share
+their order of images and their labels, so differences are taken seed by seed. Learning rates are
+chosen by `held-out`: a linear probe on images to train on that pre-training has not seen.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import shlex
+import shutil
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import dmae
+import finetune
+from data import InputError, require
+from experiments import rivals
+from experiments.first_run import read
+from experiments.study import commit, difference, markdown, mean_and_deviation
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "comparison.jsonl"
+
+# ================================================================================= what is compared
+
+# How each method is started; @NAME is the student.pth of row NAME, of seed 0, {…} is from DATA.
+METHODS = {
+    "supervised": "-m experiments.rivals supervised", "simmim": "-m experiments.rivals simmim",
+    "mocov3": "-m experiments.rivals mocov3", "dino": "-m experiments.rivals dino",
+    "mae": "dmae.py --teacher none", "dmae": "dmae.py --teacher {teacher}",
+}
+# Of each data set: epochs of 120,000 images; of MAE for the time of D-MAE, and for that of D-MAE
+# and its teacher; images, and how many of them are held out; teacher; each method's learning rate.
+DATA = {
+    "fashion-mnist": dict(
+        epochs=2, time=3, long=60, train=60_000, held=5_000, teacher="@teacher",
+        blr=dict.fromkeys(METHODS, 6e-3)),
+    "shapes": dict(
+        epochs=6, time=8, long=120, train=20_000, held=2_000, teacher="weights/shapes_teacher.pth",
+        blr=dict.fromkeys(METHODS, 2.4e-2)),
+}
+# The rows: what the table says, the method, further flags. A flag given twice counts as given last.
+ROWS = {
+    "scratch": ("none (scratch)", None, ""),
+    "supervised": ("supervised", "supervised", ""),
+    "simmim": ("SimMIM", "simmim", ""),
+    "mocov3": ("MoCo-v3", "mocov3", ""),
+    "dino": ("DINO", "dino", ""),
+    "mae": ("MAE", "mae", ""),
+    "mae-time": ("MAE, for the time of D-MAE", "mae", "--epochs {time}"),
+    "mae-long": ("MAE, for that of D-MAE and its teacher", "mae", "--epochs {long}"),
+    "dmae": ("D-MAE", "dmae", ""),
+    "untrained": ("D-MAE, untrained teacher", "dmae", "--teacher @untrained-teacher"),
+}
+# On Fashion-MNIST alone: what is distilled, and from whom. `read_weights` says where DINOv2's is.
+VARIANTS = {
+    "lower": ("D-MAE, block 3", "dmae", "--layers 3:3"),
+    "probs": ("D-MAE, after the softmax (alpha 100)", "dmae", "--match probs --alpha 100"),
+    "hidden": ("D-MAE, hidden states", "dmae", "--match hidden"),
+    "d2": ("D²-MAE", "dmae", "--decoupled"),
+    "no-mixer": ("D-MAE, without M", "dmae", "--no-mixer"),
+    "from-supervised": ("D-MAE, supervised teacher", "dmae", "--teacher @supervised"),
+    "from-dino": ("D-MAE, DINO teacher", "dmae", "--teacher @dino"),
+    "from-dinov2": ("D-MAE, DINOv2 teacher", "dmae", "--teacher weights/dinov2.safetensors"),
+}
+TEACHERS = {
+    "teacher": ("teacher", "mae", "--student mini --epochs 40"),
+    "untrained-teacher": ("untrained teacher", "mae", "--student mini --epochs 0"),
+}
+# The same small search for every method: of these rates, by `held-out`, seed 0.
+RATES = ("1.5e-3", "6e-3", "2.4e-2")
+SEARCH = {f"{method}@{rate}": (f"{method}, blr {rate}", method,
+                               f"--blr {rate} --train-images {{unseen}}")
+          for method in METHODS for rate in RATES}
+ALL_ROWS = ROWS | VARIANTS | TEACHERS | SEARCH
+
+# The columns: what the table says, flags of finetune.py.
+COLUMNS = {
+    "knn": ("k-NN", "--mode knn --bank 10000"),
+    "linear": ("linear", "--mode linear"),
+    "1%": ("1 % labels", "--label-fraction 0.01"),
+    "all": ("all labels", "--epochs 1"),
+    "transfer-linear": ("linear, Fashion-MNIST", "--data fashion-mnist --mode linear"),
+    "transfer-1%": ("1 %, Fashion-MNIST", "--data fashion-mnist --label-fraction 0.01"),
+}
+FIRST = ("knn", "linear", "1%")
+
+# The paper's results with ViT-Tiny: fine-tuned on Pets and on Flowers.
+PAPER = {"scratch": (26.1, 30.2), "supervised": (93.1, 96.4), "simmim": (68.9, 77.2),
+         "mocov3": (87.8, 94.8), "dino": (89.3, 95.6), "mae": (76.5, 85.8), "dmae": (89.1, 95.2)}
+
+
+def command(data, row, seed, column):
+    """What a cell runs, without its folder and where data lie: this text is what it is known by."""
+    title, method, flags = ALL_ROWS[row]
+    setting = DATA[data] | dict(unseen=DATA[data]["train"] - DATA[data]["held"])
+    if column == "pretrain":
+        own = f"--epochs {setting['epochs']} --batch-size 128 --blr {setting['blr'][method]:g}"
+        text = f"{METHODS[method]} {own} {flags}".strip().format(**setting)
+    else:
+        start = "none" if row == "scratch" else student(data, row, seed)
+        flags = "--mode linear" if column == "held-out" else COLUMNS[column][1]
+        text = f"finetune.py --init {start} {flags}"
+    text = re.sub(r"@([\w-]+)", lambda match: student(data, match[1], 0), text)
+    return f"python {text} --seed {seed}" + f" --data {data}" * ("--data" not in text)
+
+
+def folder(text):
+    """Where the run of a command lies."""
+    return f"runs/comparison/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def student(data, row, seed):
+    return f"{folder(command(data, row, seed, 'pretrain'))}/student.pth"
+
+
+# ============================================================================================= runs
+
+
+def held_out(argv, count):
+    """What finetune.py does for --mode linear, but on the images to train on alone: tested on the
+    last `count` in the order in which --train-images takes them."""
+    began = time.perf_counter()
+    with dmae.command_line("finetune.py", finetune.FLAGS, argv) as given:
+        s = dmae.settings_of(given, finetune.FLAGS, "init", finetune.defaults_for)
+        run, vit, train, _ = finetune.begin(s)
+        features = partial(dmae.pooled_features, vit.to(run.device))
+        x, y = dmae.features_of(run, train, torch.arange(len(train)), features)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        rest, test = order[:-count], order[-count:]
+        s.batch_size = min(s.batch_size, len(rest))
+        line = finetune.linear_probe(s, (x[rest], y[rest]), (x[test], y[test]))
+        run.record(line | dict(minutes=(time.perf_counter() - began) / 60))
+        return run.log[-1]
+
+
+def run(s, data, row, seed, column):
+    """Run a cell and what it starts from, unless they are there, and append their lines."""
+    text = command(data, row, seed, column)
+    if any(line["command"] == text for line in read(s.results)):
+        return
+    for other, at in {(row, seed), *((name, 0) for name in ALL_ROWS)}:
+        if ALL_ROWS[other][1] and f" {student(data, other, at)}" in text:
+            run(s, data, other, at, "pretrain")
+    out, argv = Path(folder(text)), shlex.split(text)[1:]
+    print(f"--- {data}, {row}, seed {seed}, {column}: {text}", flush=True)
+    program, start = {"-m": (rivals.main, argv[2:3]), "dmae.py": (dmae.main, []),
+                      "finetune.py": (finetune.main, [])}[argv[0]]       # start: a rival's method
+    if column == "held-out":
+        program = partial(held_out, count=DATA[data]["held"])
+    if (out / "checkpoint.pth").exists():
+        argv = [*start, "--resume", str(out)]
+    else:
+        shutil.rmtree(out, ignore_errors=True)                # without one there is nothing to keep
+        argv = [*start, *argv[3 if start else 1:], "--out", str(out)]
+    result = program([*argv, "--data-dir", s.data_dir])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    if column == "pretrain":                                     # the minutes of training, no k-NN
+        steps, batch = [b["step"] - a["step"] for a, b in zip(log, log[1:])], 128
+        seconds = sum(n * batch / x["images_per_second"] for n, x in zip(steps, log[1:]))
+        measured = dict(minutes=seconds / 60, images=sum(steps) * batch,
+                        sha256=dmae.file_hash(out / "student.pth"))
+    else:
+        measured = {name: result[name] for name in ("top1", "minutes")}
+    line = dict(data=data, row=row, seed=seed, column=column, **measured, commit=commit(),
+                threads=torch.get_num_threads(), command=text)
+    with open(s.results, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+# ======================================================================================== reporting
+
+
+def values_of(lines, data, row, column):
+    """{seed: percent} of a row and column, of `pretrain` {seed: minutes}, by today's flags."""
+    found = {line["seed"]: line for line in lines
+             if line["command"] == command(data, row, line["seed"], column)}
+    return {seed: 100 * line["top1"] if "top1" in line else line["minutes"]
+            for seed, line in sorted(found.items())}
+
+
+def tables(lines):
+    """{name: a table in Markdown} of all that the lines have to say."""
+    found = {}
+    for data in DATA:
+        known, text, rows = partial(values_of, lines, data), mean_and_deviation, ROWS | VARIANTS
+        columns = [column for column in COLUMNS if any(known(row, column) for row in rows)]
+        shown = {row: [known(row, column) for column in columns] for row in rows}
+        head = ["pre-training", *(COLUMNS[column][0] for column in columns)]
+        found[f"{data}: top-1 in percent"] = [*head, "minutes of it"], [
+            [rows[row][0], *map(text, [*values, known(row, "pretrain")])]
+            for row, values in shown.items()]
+        for base in ("mae", "dmae"):
+            found[f"{data}: difference from {rows[base][0]} (± standard error)"] = head, [
+                [rows[row][0], *map(difference, values, shown[base])]
+                for row, values in shown.items() if row != base]
+        found[f"{data}: linear probe on held-out images, by --blr"] = ["method", *RATES], [
+            [ROWS[method][0], *(text(known(f"{method}@{rate}", "held-out")) for rate in RATES)]
+            for method in METHODS]
+        found[f"{data}: the teacher"] = ["", "k-NN", "linear", "minutes"], [
+            [title, *(text(known(row, column)) for column in ("knn", "linear", "pretrain"))]
+            for row, (title, _, _) in TEACHERS.items()]
+    found = {name: (head, [row for row in rows if any(row[1:])])
+             for name, (head, rows) in found.items()}
+    return {name: markdown(head, rows) for name, (head, rows) in found.items() if rows}
+
+
+def figure(lines, data, path):
+    """Linear probe and 1 % of the labels of each method, beside the paper's Pets and Flowers."""
+    from matplotlib.figure import Figure
+    sheet = Figure(figsize=(9, 3.6), layout="constrained")
+    ours, theirs = sheet.subplots(1, 2, sharey=True)
+    titles = [ROWS[row][0] for row in PAPER]
+    for i, (column, name) in enumerate((("linear", "Pets"), ("1%", "Flowers"))):
+        values = [list(values_of(lines, data, row, column).values()) for row in PAPER]
+        means = [statistics.mean(x) if x else math.nan for x in values]
+        spread = [statistics.stdev(x) if len(x) > 1 else 0 for x in values]
+        places = [place + 0.4 * i for place in range(len(PAPER))]
+        ours.barh(places, means, 0.4, xerr=spread, label=COLUMNS[column][0])
+        theirs.barh(places, [pair[i] for pair in PAPER.values()], 0.4, label=name)
+    ours.set_yticks([place + 0.2 for place in range(len(PAPER))], titles)
+    ours.invert_yaxis()
+    for axis, title in ((ours, f"here, {data}"), (theirs, "paper, fine-tuned ViT-Tiny")):
+        axis.set_title(f"{title}: top-1 in %")
+        axis.legend()
+    sheet.savefig(path, dpi=100)
+
+
+# ===================================================================================== command line
+
+FLAGS = {
+    "rows": (None, "ROW,...", f"{', '.join(ALL_ROWS)} [all, in the order of the tables]"),
+    "columns": (None, "COLUMN,...", f"pretrain, held-out, {', '.join(COLUMNS)} [all]".replace(
+        "%", "%%")),                                                       # argparse wants it so
+    "data": (None, "NAME,...", f"{', '.join(DATA)} [both]"),
+    "seeds": ("0,1,2", "N,...", "whole numbers"),
+    "report": (False, bool, "print the tables and draw the figure, run nothing"),
+    "results": (str(RESULTS), "FILE", "lines of what has been measured"),
+    "data_dir": ("data", "DIR", "where data sets lie"),
+}
+
+
+def chosen(flag, text, known):
+    names = list(known) if text is None else text.split(",")
+    for name in names:
+        require(name in known, f"--{flag} {name}: choose of {', '.join(known)}")
+    return names
+
+
+def columns_of(data, row, seed):
+    """What there is to measure of a row: of teachers and of the search once, of scratch no transfer
+    (that is its row on Fashion-MNIST), and to Fashion-MNIST from `shapes` alone."""
+    if row in SEARCH:
+        return ["held-out"][seed:]
+    if row in TEACHERS:
+        here = seed == 0 and (data != "shapes" or row != "teacher")
+        return ["pretrain", "knn", "linear"] if here else []
+    if row in VARIANTS and data == "shapes":
+        return []
+    columns = [x for x in COLUMNS if data == "shapes" or not x.startswith("transfer")]
+    return [x for x in columns if x[:8] != "transfer"] if row == "scratch" else [
+        "pretrain", *columns]
+
+
+def cells(s):
+    """What was asked for, (data, row, seed, column) each: the search, which rates are chosen by;
+    then the first columns of all rows, set by set; then the others."""
+    rows = chosen("rows", s.rows, ALL_ROWS)
+    columns = chosen("columns", s.columns, ["pretrain", "held-out", *COLUMNS])
+    require(re.fullmatch(r"\d+(,\d+)*", s.seeds), f"--seeds {s.seeds}: write them as in 0,1,2")
+    found = [(data, row, seed, column) for data in chosen("data", s.data, DATA)
+             for seed in map(int, s.seeds.split(",")) for row in rows
+             for column in columns_of(data, row, seed) if column in columns]
+    order = {"held-out": 0, "pretrain": 1} | dict.fromkeys(FIRST, 1)
+    return sorted(found, key=lambda cell: order.get(cell[3], 2))                  # sorts stably
+
+
+def main(argv=None):
+    """The command line; returns the tables, {name: Markdown}. Bad input: a line, exit status 2."""
+    with dmae.command_line("experiments.comparison", FLAGS, argv) as given:
+        s = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
+        for cell in [] if s.report else cells(s):
+            run(s, *cell)
+        try:
+            lines = read(s.results)
+            found = tables(lines)
+        except (ValueError, LookupError) as error:
+            raise InputError(f"--results {s.results} is damaged: {error}") from error
+        require(lines, f"--results {s.results}: there are no lines in it yet")
+        print(*(f"\n{name}\n\n{table}" for name, table in found.items()), sep="", end="")
+        if s.report:
+            try:
+                figure(lines, "fashion-mnist", Path(s.results).with_suffix(".png"))
+            except ImportError as error:
+                raise InputError("the figure needs pip install matplotlib") from error
+        return found
+
+
+if __name__ == "__main__":
+    main()
