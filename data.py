@@ -1,7 +1,5 @@
 """Images: drawn, small public sets, folders of photographs, the paper's transfer sets.
 
-    python data.py            draws shapes.png, a sheet of the `shapes` images
-
 `open_data` returns a training and a test source. A `SmallSet` keeps all its images on the device
 and augments a whole batch there; `Files` reads and crops in DataLoader workers.
 Shapes in comments: b batch, c channels, h and w pixels of an image, H and W of what is made of it.
@@ -39,9 +37,7 @@ SETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in {
 # A folder of photographs: ImageNet's mean and deviation, the paper's sizes.
 FOLDER = dict(zip(COLUMNS, (3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 16, 0.08),
                   strict=True))
-# The paper's transfer sets and its splits: images to train on, images to test on.
-PHOTOS = {"flowers": (2_040, 6_149), "pets": (3_680, 3_669), "aircraft": (6_667, 3_333),
-          "cars": (8_144, 8_041), "inat18": (437_513, 24_426)}
+PHOTOS = "flowers", "pets", "aircraft", "cars", "inat18"                # the paper's transfer sets
 SETS |= dict.fromkeys(PHOTOS, FOLDER)
 EXTENSIONS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"
 
@@ -449,10 +445,3 @@ def draw_figures(labels, g):
     images = ground * (1 - cover) + colour * cover
     images = images + 0.01 * torch.randn(images.shape, generator=g)
     return (images * 255).round().clamp(0, 255).byte()
-
-
-if __name__ == "__main__":
-    sheet, kinds, _ = draw_shapes(200, seed=1)
-    sheet = sheet[kinds.argsort(stable=True)] / 255
-    save_grid(sheet, Path("shapes.png"), [""] * 20, FIGURES)
-    print(f"shapes.png: a row each of {', '.join(FIGURES)}")

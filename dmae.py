@@ -62,7 +62,7 @@ class Attention(nn.Module):
     def forward(self, x):
         """(b, n, c) -> (b, n, c), and queries and keys, (b, h, n, d) each."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        out = rearrange(attend(q, k, v), "b h n d -> b n (h d)")
         return self.proj(out), (q, k)
 
     def queries_and_keys(self, x):
@@ -345,6 +345,15 @@ def sincos_positions(width, grid):
     angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]       # n c/4 each
     waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
     return torch.cat(waves, dim=1)[None].float()
+
+
+def attend(q, k, v):
+    """softmax(q.k / sqrt(d)) v; (b, h, n, d) each. On a CPU in float32, even under autocast: its
+    gradient takes five times as long in bfloat16 (torch 2.14)."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
 
 
 def initialise(module):
@@ -882,6 +891,18 @@ def new_model(s, teacher):
             else student)
 
 
+def bf16_gain():
+    """How many times as fast as in float32 this CPU multiplies matrices in bfloat16."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, clock = torch.ones(1024, 1024, dtype=dtype), []
+        for _ in range(4):                                                  # the first one is slow
+            a @ a
+            clock.append(time.perf_counter())
+        seconds.append(clock[-1] - clock[0])
+    return seconds[0] / seconds[1]
+
+
 class Run:
     """What surrounds training in both programs: processes, precision, the folder and its files.
 
@@ -908,6 +929,8 @@ class Run:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group()                               # nccl for cuda, gloo for cpu
         self.say = print if self.rank == 0 else lambda *text: None
+        if self.device.type == "cpu" and s.amp == "off" and bf16_gain() > 1.5:
+            self.say("this CPU multiplies faster in bfloat16: --amp bf16 would shorten the run")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s.amp == "fp16")
         dtype = torch.float16 if s.amp == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(self.device.type, dtype, enabled=s.amp != "off")
@@ -941,8 +964,7 @@ class Run:
         s = self.s
         require(self.world == 1 or s.out, "several processes need the name of a folder: --out DIR")
         numbers = (f"runs/{n:04d}" for n in range(1, 10**6))
-        s.out = next(n for n in numbers if not Path(n).exists()) if s.out is None else s.out
-        require(s.out, "--out is empty: name a folder")
+        s.out = s.out or next(n for n in numbers if not Path(n).exists())
         self.out = Path(s.out)
         if self.rank or s.resume:
             return
@@ -1111,26 +1133,6 @@ def save_student(path, model):
 
 
 @torch.no_grad()
-def reconstructions(student, images):
-    """Images (b, c, H, W), their visible patches, the prediction, and both of these together.
-
-    A prediction of normalised patches has no brightness and contrast of its own: it is shown with
-    each patch's true mean and deviation."""
-    noise = torch.rand(len(images), student.patches, generator=torch.Generator().manual_seed(0))
-    ids_keep = student.choose(noise.to(images.device))
-    tokens, _ = student.encoder(images, ids_keep, tokens_of=[student.decode_after])
-    prediction = student.decode(tokens[student.decode_after], ids_keep)
-    patches = student.encoder.patchify(images)
-    if student.norm_pix:
-        _, mean, std = student.target(images)
-        prediction = prediction * std + mean
-    mask = torch.ones_like(patches[..., :1]).scatter(1, ids_keep[..., None], 0)       # b n 1
-    visible = patches * (1 - mask)
-    panels = [patches, visible, prediction, visible + prediction * mask]
-    return [student.encoder.unpatchify(panel) for panel in panels]
-
-
-@torch.no_grad()
 def class_scores(model, images):
     """Scores of the class token for the patches of whole images, in the last pair of blocks: of the
     student, through M if it mixes these, and of the teacher, if any: (b, h, gh, gw) each."""
@@ -1154,7 +1156,18 @@ def draw_pictures(out, model, images, before):
     """reconstruction.png, a row for each image; attention.png, the class token's scores of three
     images, before training and after, and of the teacher. before: `class_scores` back then."""
     student = getattr(model, "student", model)
-    panels = [as_rgb(student.encoder, panel) for panel in reconstructions(student, images)]
+    noise = torch.rand(len(images), student.patches, generator=torch.Generator().manual_seed(0))
+    ids_keep = student.choose(noise.to(images.device))
+    tokens, _ = student.encoder(images, ids_keep, tokens_of=[student.decode_after])
+    prediction = student.decode(tokens[student.decode_after], ids_keep)
+    patches = student.encoder.patchify(images)
+    if student.norm_pix:               # each patch's true mean and deviation: it predicts neither
+        _, mean, std = student.target(images)
+        prediction = prediction * std + mean
+    mask = torch.ones_like(patches[..., :1]).scatter(1, ids_keep[..., None], 0)       # b n 1
+    visible = patches * (1 - mask)
+    panels = [as_rgb(student.encoder, student.encoder.unpatchify(panel))
+              for panel in (patches, visible, prediction, visible + prediction * mask)]
     save_grid(torch.stack(panels, dim=1).flatten(0, 1), out / "reconstruction.png",
               ["image", "visible", "prediction", "both"])
     picture, after = panels[0][:3], class_scores(model, images)                      # b 3 H W

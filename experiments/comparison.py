@@ -32,8 +32,7 @@ import torch
 import dmae
 import finetune
 from data import InputError, require
-from experiments import rivals
-from experiments.first_run import read
+from experiments import first_run, rivals
 from experiments.study import commit, difference, markdown, mean_and_deviation
 
 HERE = Path(__file__).parent
@@ -152,6 +151,18 @@ def held_out(argv, count):
         return run.log[-1]
 
 
+def read(path):
+    """The lines of a file of results; none if there is no file."""
+    try:
+        lines = first_run.read(path)
+        for line in lines:
+            line["data"], line["row"], line["seed"], line["column"], line["command"]
+            float(line["minutes" if line["column"] == "pretrain" else "top1"])
+        return lines
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"--results {path}: not lines of this program: name another") from error
+
+
 def run(s, data, row, seed, column):
     """Run a cell and what it starts from, unless they are there, and append their lines."""
     text = command(data, row, seed, column)
@@ -192,7 +203,8 @@ def run(s, data, row, seed, column):
 def values_of(lines, data, row, column):
     """{seed: percent} of a row and column, of `pretrain` {seed: minutes}, by today's flags."""
     found = {line["seed"]: line for line in lines
-             if line["command"] == command(data, row, line["seed"], column)}
+             if (line["data"], line["row"], line["column"]) == (data, row, column)
+             and line["command"] == command(data, row, line["seed"], column)}
     return {seed: 100 * line["top1"] if "top1" in line else line["minutes"]
             for seed, line in sorted(found.items())}
 
@@ -299,12 +311,9 @@ def main(argv=None):
         s = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
         for cell in [] if s.report else cells(s):
             run(s, *cell)
-        try:
-            lines = read(s.results)
-            found = tables(lines)
-        except (ValueError, LookupError) as error:
-            raise InputError(f"--results {s.results} is damaged: {error}") from error
+        lines = read(s.results)
         require(lines, f"--results {s.results}: there are no lines in it yet")
+        found = tables(lines)
         print(*(f"\n{name}\n\n{table}" for name, table in found.items()), sep="", end="")
         if s.report:
             try:

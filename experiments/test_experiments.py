@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 @pytest.fixture(autouse=True)
 def few_shapes(monkeypatch, tmp_path):
     """800 training and 80 test images in the place of 20,000 and 2,000; an empty folder."""
+    monkeypatch.setattr(dmae, "bf16_gain", lambda: 1.0)
     whole = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda count, seed: whole(count // 25, seed))
     monkeypatch.chdir(tmp_path)
@@ -518,6 +519,8 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
     assert "--blr 6e-3 --train-images 160" in lines[0]["command"] and lines[0]["images"] == 128
     fails(comparison, "--rows dame: choose of scratch", ["--rows", "dame"], capsys)
+    Path("bad.jsonl").write_text('{"data": 1}')
+    fails(comparison, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
 
 
 def test_tables_of_the_texts_are_those_of_the_lines():
