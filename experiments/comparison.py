@@ -40,11 +40,11 @@ RESULTS = HERE / "results" / "comparison.jsonl"
 
 # ================================================================================= what is compared
 
-# How each method is started; @NAME is the student.pth of row NAME, of seed 0, {…} is from DATA.
+# How each method is started. Below, @NAME is the student.pth of row NAME, of seed 0, {…} from DATA.
 METHODS = {
     "supervised": "-m experiments.rivals supervised", "simmim": "-m experiments.rivals simmim",
     "mocov3": "-m experiments.rivals mocov3", "dino": "-m experiments.rivals dino",
-    "mae": "dmae.py --teacher none", "dmae": "dmae.py --teacher {teacher}",
+    "mae": "dmae.py --teacher none", "dmae": "dmae.py",
 }
 # Of each data set: epochs of 120,000 images; of MAE for the time of D-MAE, and for that of D-MAE
 # and its teacher; images, and how many of them are held out; teacher; each method's learning rate.
@@ -53,10 +53,10 @@ DATA = {
         epochs=2, time=3, long=60, train=60_000, held=5_000, teacher="@teacher",
         blr=dict.fromkeys(METHODS, 6e-3)),
     "shapes": dict(
-        epochs=6, time=8, long=120, train=20_000, held=2_000, teacher="weights/shapes_teacher.pth",
+        epochs=6, time=9, long=120, train=20_000, held=2_000, teacher="weights/shapes_teacher.pth",
         blr=dict.fromkeys(METHODS, 2.4e-2)),
 }
-# The rows: what the table says, the method, further flags. A flag given twice counts as given last.
+# The rows: what the table says, the method, flags that come before those from DATA.
 ROWS = {
     "scratch": ("none (scratch)", None, ""),
     "supervised": ("supervised", "supervised", ""),
@@ -112,7 +112,9 @@ def command(data, row, seed, column):
     title, method, flags = ALL_ROWS[row]
     setting = DATA[data] | dict(unseen=DATA[data]["train"] - DATA[data]["held"])
     if column == "pretrain":
-        own = f"--epochs {setting['epochs']} --batch-size 128 --blr {setting['blr'][method]:g}"
+        own = {"--epochs": setting["epochs"], "--batch-size": 128, "--blr": setting["blr"][method]}
+        own |= {"--teacher": setting["teacher"]} if method == "dmae" else {}
+        own = " ".join(f"{name} {own[name]}" for name in own if name not in flags.split())
         text = f"{METHODS[method]} {own} {flags}".strip().format(**setting)
     else:
         start = "none" if row == "scratch" else student(data, row, seed)

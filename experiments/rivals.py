@@ -268,7 +268,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     method, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     with dmae.command_line("experiments.rivals METHOD", FLAGS, argv) as given:
-        require(method in METHODS, f"{method}: name a method first, {', '.join(METHODS)}")
+        require(method in METHODS, f"name a method first: {', '.join(METHODS)}")
         s = dmae.settings_of(given, FLAGS, "teacher", lambda given: dict(
             dmae.defaults_for(given | dict(teacher="none")), teacher="none", method=method))
         require(s.method == method, f"--resume {s.out} is a run of {s.method}: name that")
