@@ -165,14 +165,15 @@ def read(path):
         raise InputError(f"--results {path}: not lines of this program: name another") from error
 
 
-def run(s, data, row, seed, column):
-    """Run a cell and what it starts from, unless they are there, and append their lines."""
+def run(s, data, row, seed, column, file=None):
+    """Run a cell and what it starts from, unless they are there, and append their lines. file: what
+    is wanted of it; where it is not there, it is made again."""
     text = command(data, row, seed, column)
-    if any(line["command"] == text for line in read(s.results)):
+    if any(line["command"] == text for line in read(s.results)) and Path(file or ".").exists():
         return
     for other, at in {(row, seed), *((name, 0) for name in ALL_ROWS)}:
         if ALL_ROWS[other][1] and f" {student(data, other, at)}" in text:
-            run(s, data, other, at, "pretrain")
+            run(s, data, other, at, "pretrain", student(data, other, at))
     out, argv = Path(folder(text)), shlex.split(text)[1:]
     print(f"--- {data}, {row}, seed {seed}, {column}: {text}", flush=True)
     program, start = {"-m": (rivals.main, argv[2:3]), "dmae.py": (dmae.main, []),

@@ -510,12 +510,18 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
             out = Path(comparison.folder(x["command"]))
             assert json.loads((out / "config.json").read_text())["settings"]["seed"] == x["seed"]
             assert dmae.file_hash(out / "student.pth") == x["sha256"]
+    Path(comparison.student("shapes", "simmim", 1)).unlink()
+    Path(comparison.folder(lines[7]["command"]), "checkpoint.pth").unlink()
+    comparison.main([*argv[:-1], "1", "--rows", "simmim", "--columns", "linear"])
+    again = first_run.read("r.jsonl")[9:]        # trained anew, to the same bits
+    assert [x["column"] for x in again] == ["pretrain", "linear"]
+    assert again[0]["sha256"] == lines[7]["sha256"]
     monkeypatch.setitem(comparison.ROWS, "mae", ("MAE", "mae", "--mask-ratio 0.5"))
     monkeypatch.setitem(comparison.ALL_ROWS, "mae", comparison.ROWS["mae"])
     assert "| MAE |" not in comparison.main([*argv, "--rows", "scratch", "--columns", "pretrain"])[
         "shapes: top-1 in percent"]
     comparison.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
-    lines = first_run.read("r.jsonl")[9:]
+    lines = first_run.read("r.jsonl")[11:]
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
     assert "--blr 6e-3 --train-images 160" in lines[0]["command"] and lines[0]["images"] == 128
     fails(comparison, "--rows dame: choose of scratch", ["--rows", "dame"], capsys)
