@@ -349,7 +349,7 @@ def sincos_positions(width, grid):
 
 def attend(q, k, v):
     """softmax(q.k / sqrt(d)) v; (b, h, n, d) each. On a CPU in float32, even under autocast: its
-    gradient takes five times as long in bfloat16 (torch 2.14)."""
+    gradient takes up to seven times as long in bfloat16 (torch 2.14)."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):
