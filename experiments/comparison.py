@@ -320,7 +320,8 @@ def main(argv=None):
         print(*(f"\n{name}\n\n{table}" for name, table in found.items()), sep="", end="")
         if s.report:
             try:
-                figure(lines, "fashion-mnist", Path(s.results).with_suffix(".png"))
+                folder = HERE / "figures" if Path(s.results) == RESULTS else Path(s.results).parent
+                figure(lines, "fashion-mnist", folder / "comparison.png")
             except ImportError as error:
                 raise InputError("the figure needs pip install matplotlib") from error
         return found

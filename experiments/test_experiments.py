@@ -525,6 +525,9 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
     assert "--blr 6e-3 --train-images 160" in lines[0]["command"] and lines[0]["images"] == 128
     fails(comparison, "--rows dame: choose of scratch", ["--rows", "dame"], capsys)
+    pytest.importorskip("matplotlib")
+    comparison.main(["--report", "--results", "r.jsonl"])
+    assert Image.open("comparison.png").size == (900, 360)
     Path("bad.jsonl").write_text('{"data": 1}')
     fails(comparison, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
 
