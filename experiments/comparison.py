@@ -12,7 +12,8 @@ command goes on. Several may run side by side, of other --seeds, once the teache
 
 All students have the same network and see 120,000 images of the set. Seeds of different rows share
 their order of images and their labels, so differences are taken seed by seed. Learning rates are
-chosen by `held-out`: a linear probe on images to train on that pre-training has not seen.
+chosen by `held-out`: half as long a pre-training, then a linear probe on images to train on that
+it has not seen.
 """
 
 import argparse
@@ -46,14 +47,16 @@ METHODS = {
     "mocov3": "-m experiments.rivals mocov3", "dino": "-m experiments.rivals dino",
     "mae": "dmae.py --teacher none", "dmae": "dmae.py",
 }
-# Of each data set: epochs of 120,000 images; of MAE for the time of D-MAE, and for that of D-MAE
-# and its teacher; images, and how many of them are held out; teacher; each method's learning rate.
+# Of each data set: epochs of 120,000 images; of the search; of MAE for the time of D-MAE, and for
+# that of D-MAE and its teacher; images, and how many of them are held out; teacher; each method's
+# learning rate.
 DATA = {
     "fashion-mnist": dict(
-        epochs=2, time=3, long=60, train=60_000, held=5_000, teacher="@teacher",
+        epochs=2, half=1, time=3, long=60, train=60_000, held=5_000, teacher="@teacher",
         blr=dict.fromkeys(METHODS, 6e-3)),
     "shapes": dict(
-        epochs=6, time=9, long=120, train=20_000, held=2_000, teacher="weights/shapes_teacher.pth",
+        epochs=6, half=3, time=9, long=120, train=20_000, held=2_000,
+        teacher="weights/shapes_teacher.pth",
         blr=dict.fromkeys(METHODS, 2.4e-2)),
 }
 # The rows: what the table says, the method, flags that come before those from DATA.
@@ -81,13 +84,13 @@ VARIANTS = {
     "from-dinov2": ("D-MAE, DINOv2 teacher", "dmae", "--teacher weights/dinov2.safetensors"),
 }
 TEACHERS = {
-    "teacher": ("teacher", "mae", "--student mini --epochs 40"),
+    "teacher": ("teacher", "mae", "--student mini --epochs 24 --blr 3e-3"),
     "untrained-teacher": ("untrained teacher", "mae", "--student mini --epochs 0"),
 }
 # The same small search for every method: of these rates, by `held-out`, seed 0.
 RATES = ("1.5e-3", "6e-3", "2.4e-2")
 SEARCH = {f"{method}@{rate}": (f"{method}, blr {rate}", method,
-                               f"--blr {rate} --train-images {{unseen}}")
+                               f"--blr {rate} --epochs {{half}} --train-images {{unseen}}")
           for method in METHODS for rate in RATES}
 ALL_ROWS = ROWS | VARIANTS | TEACHERS | SEARCH
 
@@ -184,7 +187,7 @@ def run(s, data, row, seed, column, file=None):
         argv = [*start, "--resume", str(out)]
     else:
         shutil.rmtree(out, ignore_errors=True)                # without one there is nothing to keep
-        argv = [*start, *argv[3 if start else 1:], "--out", str(out)]
+        argv = [*start, *argv[3 if start else 1:], "--out", str(out), "--amp", s.amp]
     result = program([*argv, "--data-dir", s.data_dir])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     if column == "pretrain":                                     # the minutes of training, no k-NN
@@ -195,7 +198,7 @@ def run(s, data, row, seed, column, file=None):
     else:
         measured = {name: result[name] for name in ("top1", "minutes")}
     line = dict(data=data, row=row, seed=seed, column=column, **measured, commit=commit(),
-                threads=torch.get_num_threads(), command=text)
+                threads=torch.get_num_threads(), amp=s.amp, command=text)
     with open(s.results, "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -270,6 +273,7 @@ FLAGS = {
     "report": (False, bool, "print the tables and draw the figure, run nothing"),
     "results": (str(RESULTS), "FILE", "lines of what has been measured"),
     "data_dir": ("data", "DIR", "where data sets lie"),
+    "amp": ("off", ("off", "bf16", "fp16"), "precision, as dmae.py has it"),
 }
 
 

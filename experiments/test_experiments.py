@@ -490,7 +490,7 @@ def test_a_rival_leaves_a_student_that_the_core_reads(method):
 def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkeypatch, capsys):
     shapes = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda count, seed: shapes(count // 4, seed))
-    setting = dict(epochs=1, train=200, held=40, teacher=Path(
+    setting = dict(epochs=1, half=1, train=200, held=40, teacher=Path(
         dmae.__file__).with_name("weights") / "shapes_teacher.pth")
     monkeypatch.setitem(comparison.DATA, "shapes", comparison.DATA["shapes"] | setting)
     argv = ["--data", "shapes", "--results", "r.jsonl", "--seeds", "0,1"]
@@ -523,7 +523,7 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     comparison.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
     lines = first_run.read("r.jsonl")[11:]
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
-    assert "--blr 6e-3 --train-images 160" in lines[0]["command"] and lines[0]["images"] == 128
+    assert "--blr 6e-3 --epochs 1 --train-images 160" in lines[0]["command"] and lines[0]["images"] == 128
     fails(comparison, "--rows dame: choose of scratch", ["--rows", "dame"], capsys)
     pytest.importorskip("matplotlib")
     comparison.main(["--report", "--results", "r.jsonl"])
