@@ -646,11 +646,11 @@ def learning_rate(step, total, warmup, peak, end=0.0):
 
 
 def parameter_groups(model, weight_decay):
-    """For AdamW: biases and 1-D parameters are not decayed; the tokens and M are."""
+    """For AdamW: biases, 1-D parameters, positions are not decayed; class token and M are."""
     decayed, free = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (free if p.ndim <= 1 or name.endswith("bias") else decayed).append(p)
+            (free if p.ndim <= 1 or name.endswith(("bias", "pos_embed")) else decayed).append(p)
     return [dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
 
 

@@ -2,6 +2,7 @@
 data; what needs matplotlib or transformers is skipped where these are missing."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -13,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.ops import masks_to_boxes
 
 import data
 import dmae
 import finetune
 from dmae import DMAE, MAE, ViT
-from data import SETS
-from experiments import (analyze, comparison, deploy, first_run, loader, rivals, speed,
+from data import SETS, InputError
+from experiments import (analyze, comparison, deploy, detect, first_run, loader, rivals, speed,
                          study)
 
 # torchvision announces the end of its decoders; the core does without them when it comes.
@@ -523,13 +525,117 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     comparison.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
     lines = first_run.read("r.jsonl")[11:]
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
-    assert "--blr 6e-3 --epochs 1 --train-images 160" in lines[0]["command"] and lines[0]["images"] == 128
+    assert "--blr 6e-3 --epochs 1 --train-images 160" in lines[0]["command"]
+    assert lines[0]["images"] == 128
     fails(comparison, "--rows dame: choose of scratch", ["--rows", "dame"], capsys)
     pytest.importorskip("matplotlib")
     comparison.main(["--report", "--results", "r.jsonl"])
     assert Image.open("comparison.png").size == (900, 360)
     Path("bad.jsonl").write_text('{"data": 1}')
     fails(comparison, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_the_pyramid_has_strides_of_4_to_64_and_every_patch_in_its_place(patch):
+    pyramid = detect.Pyramid(ViT(64, patch, 3, 16, 1, 2), 8, contextlib.nullcontext())
+    maps = pyramid(torch.rand(2, 3, 64, 64))
+    assert [tuple(x.shape) for x in maps.values()] == [(2, 8, s, s) for s in (16, 8, 4, 2, 1)]
+    sum(x.square().sum() for x in maps.values()).backward()
+    assert pyramid.vit.patch_embed["proj"].weight.grad.abs().sum() > 0
+    tokens = torch.randn(1, 1 + (64 // patch) ** 2, 16)
+    pyramid.vit.forward = lambda images, tokens_of: ({1: tokens}, {})
+    before = pyramid(None)["0"]
+    row, column = 1, 64 // patch - 1                                   # of the patch that changes
+    tokens[0, 1 + row * (64 // patch) + column] += torch.randn(16)
+    changed = (pyramid(None)["0"] - before)[0].abs().amax(dim=0).nonzero()
+    inside = [(s * patch // 4 - 1, (s + 1) * patch // 4) for s in (row, column)]
+    assert len(changed) and all(
+        low <= place <= high for at in changed.tolist() for place, (low, high) in zip(at, inside))
+
+
+def test_scenes_have_exact_boxes_and_ap_is_right_of_perfect_and_of_empty_results():
+    pytest.importorskip("pycocotools")
+    for folder in ("a", "b"):
+        detect.write_scenes(folder, "train", 12, seed=5)
+    files = sorted(path.relative_to("a") for path in Path("a").rglob("*.*"))
+    assert len(files) == 13 and all(Path("a", f).read_bytes() == Path("b", f).read_bytes()
+                                    for f in files)
+    scenes, results = detect.open_coco("a", "train"), []
+    for image, target in scenes:
+        boxes = masks_to_boxes(target["masks"])
+        assert image.shape == (3, 96, 96) and image.max() <= 1 and len(boxes) >= 1
+        torch.testing.assert_close(target["boxes"].as_subclass(torch.Tensor),
+                                   boxes + torch.tensor([0, 0, 1, 1]))         # to the pixels' ends
+        assert target["masks"].sum(dim=0).max() == 1
+        for mask in target["masks"].bool():                   # one colour, but for edge and noise
+            assert image[:, mask].median(dim=1)[0].sub(image[:, mask].T).abs().median() < 0.05
+    for x in scenes.coco.dataset["annotations"]:
+        results.append({name: x[name] for name in (
+            "image_id", "category_id", "bbox", "segmentation")} | dict(score=1.0))
+    assert detect.average_precision(scenes.coco, results) == pytest.approx(
+        dict(box_ap=100, box_ap50=100, mask_ap=100, mask_ap50=100))
+    assert set(detect.average_precision(scenes.coco, []).values()) == {0}
+    for x in results:                             # moved by a fifth, boxes overlap by two thirds
+        x["bbox"] = [x["bbox"][0] + x["bbox"][2] / 5, *x["bbox"][1:]]
+    moved = detect.average_precision(scenes.coco, results)
+    assert moved["box_ap50"] == pytest.approx(100) and moved["box_ap"] == pytest.approx(40)
+
+
+def test_detection_learns_scenes_and_goes_on_where_it_was_stopped(monkeypatch, capsys):
+    pytest.importorskip("pycocotools")
+    write, save = detect.write_scenes, dmae.Run.save_checkpoint
+    monkeypatch.setattr(detect, "write_scenes", lambda root, split, count, seed: write(
+        root, split, count // 100, seed))
+    dmae.save_student(Path("s.pth"), MAE(ViT(32, 4, 3, 16, 2, 2), 16, 1, 2))
+    argv = ["--init", "s.pth", "--epochs", "3", "--batch-size", "4", "--lr", "3e-3", "--out"]
+    whole = detect.main([*argv, "whole"])
+    log = [json.loads(line) for line in Path("whole/log.jsonl").read_text().splitlines()]
+    assert log[-1] == whole and log[-1]["loss"] < 0.95 * log[0]["loss"]
+    assert {"box_ap", "box_ap50", "mask_ap", "mask_ap50", "loss_mask"} <= whole.keys()
+    assert Image.open("whole/detection_4.png").size == (768, 384)
+
+    def stop(run, train):
+        save(run, train)
+        raise InputError("stopped here")
+    monkeypatch.setattr(dmae.Run, "save_checkpoint", stop)
+    fails(detect, "stopped here", [*argv, "part"], capsys)
+    monkeypatch.setattr(dmae.Run, "save_checkpoint", save)
+    again = detect.main(["--resume", "part"])
+    assert {n: x for n, x in again.items() if "second" not in n and n != "minutes"} == {
+        n: x for n, x in whole.items() if "second" not in n and n != "minutes"}
+    dmae.save_student(Path("grey.pth"), MAE(ViT(32, 4, 1, 16, 2, 2), 16, 1, 2))
+    for words, bad in (("--init is missing", []), ("sees grey", ["--init", "grey.pth"]),
+                       ("no multiple of 32", ["--init", "s.pth", "--image-size", "40"]),
+                       ("as COCO has it", ["--init", "s.pth", "--data", "nowhere"]),
+                       ("more than the 40", ["--init", "none", "--batch-size", "64"])):
+        fails(detect, words, bad, capsys)
+
+
+def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps():
+    pytest.importorskip("pycocotools")
+    square = [[8, 4, 40, 4, 40, 28, 8, 28]]
+    crowd = dict(size=[48, 64], counts=[48 * 32, 48 * 32])                     # the right half
+    for split in ("train", "val"):
+        Path("coco", f"{split}2017").mkdir(parents=True)
+        Path("coco", "annotations").mkdir(exist_ok=True)
+        for i in (1, 7, 9):
+            Image.new("RGB", (64, 48), "gray").save(f"coco/{split}2017/{i}.jpg")
+        kinds = [(1, 90, square, 0), (1, 90, crowd, 1), (7, 3, crowd, 1)]      # nothing on the last
+        Path(f"coco/annotations/instances_{split}2017.json").write_text(json.dumps(dict(
+            images=[dict(id=i, file_name=f"{i}.jpg", width=64, height=48) for i in (1, 7, 9)],
+            categories=[dict(id=3, name="car"), dict(id=90, name="brush")],
+            annotations=[dict(id=k, image_id=i, category_id=c, segmentation=what, iscrowd=many,
+                              area=768, bbox=[32, 0, 32, 48] if many else [8, 4, 32, 24])
+                         for k, (i, c, what, many) in enumerate(kinds, start=1)])))
+    train, val = detect.open_coco("coco", "train"), detect.open_coco("coco", "val")
+    assert train.ids == [1] and val.ids == [1, 7, 9]
+    [(_, target)] = train
+    assert target["boxes"].tolist() == [[8, 4, 40, 28]] and target["labels"].tolist() == [90]
+    assert target["masks"].sum() == 32 * 24
+    dmae.save_student(Path("s.pth"), MAE(ViT(32, 16, 3, 16, 2, 2), 16, 1, 2))
+    result = detect.main(["--init", "s.pth", "--data", "coco", "--image-size", "32", "--epochs",
+                          "1", "--batch-size", "1", "--out", "run"])
+    assert 0 <= result["box_ap"] <= 100 and Path("run/detection_3.png").exists()
 
 
 def test_tables_of_the_texts_are_those_of_the_lines():
