@@ -33,11 +33,15 @@ import torch
 import dmae
 import finetune
 from data import InputError, require
-from experiments import first_run, rivals
+from experiments import detect, first_run, rivals
 from experiments.study import commit, difference, markdown, mean_and_deviation
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "comparison.jsonl"
+
+PROGRAMS = {"dmae.py": dmae, "finetune.py": finetune, "-m experiments.rivals": rivals,
+            "-m experiments.detect": detect}
+MEASURED = {"top1", "box_ap", "box_ap50", "mask_ap", "mask_ap50", "minutes"}
 
 # ================================================================================= what is compared
 
@@ -94,14 +98,21 @@ SEARCH = {f"{method}@{rate}": (f"{method}, blr {rate}", method,
           for method in METHODS for rate in RATES}
 ALL_ROWS = ROWS | VARIANTS | TEACHERS | SEARCH
 
-# The columns: what the table says, flags of finetune.py.
+# The columns: what the table says, the program and its flags, the number of its result that counts.
+SCENES = "-m experiments.detect --data scenes"
 COLUMNS = {
-    "knn": ("k-NN", "--mode knn --bank 10000"),
-    "linear": ("linear", "--mode linear"),
-    "1%": ("1 % labels", "--label-fraction 0.01"),
-    "all": ("all labels", "--epochs 1"),
-    "transfer-linear": ("linear, Fashion-MNIST", "--data fashion-mnist --mode linear"),
-    "transfer-1%": ("1 %, Fashion-MNIST", "--data fashion-mnist --label-fraction 0.01"),
+    "knn": ("k-NN", "finetune.py --mode knn --bank 10000", "top1"),
+    "linear": ("linear", "finetune.py --mode linear", "top1"),
+    "1%": ("1 % labels", "finetune.py --label-fraction 0.01", "top1"),
+    "all": ("all labels", "finetune.py --epochs 1", "top1"),
+    "transfer-linear": ("linear, Fashion-MNIST", "finetune.py --data fashion-mnist --mode linear",
+                        "top1"),
+    "transfer-1%": ("1 %, Fashion-MNIST", "finetune.py --data fashion-mnist --label-fraction 0.01",
+                    "top1"),
+    "boxes-200": ("box AP, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "box_ap"),
+    "masks-200": ("mask AP, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "mask_ap"),
+    "boxes": ("box AP, all scenes", SCENES, "box_ap"),
+    "masks": ("mask AP, all scenes", SCENES, "mask_ap"),
 }
 FIRST = ("knn", "linear", "1%")
 
@@ -121,8 +132,8 @@ def command(data, row, seed, column):
         text = f"{METHODS[method]} {own} {flags}".strip().format(**setting)
     else:
         start = "none" if row == "scratch" else student(data, row, seed)
-        flags = "--mode linear" if column == "held-out" else COLUMNS[column][1]
-        text = f"finetune.py --init {start} {flags}"
+        text = COLUMNS["linear" if column == "held-out" else column][1]
+        text = re.sub(r"finetune.py|experiments.detect", rf"\g<0> --init {start}", text)
     text = re.sub(r"@([\w-]+)", lambda match: student(data, match[1], 0), text)
     return f"python {text} --seed {seed}" + f" --data {data}" * ("--data" not in text)
 
@@ -162,7 +173,7 @@ def read(path):
         lines = first_run.read(path)
         for line in lines:
             line["data"], line["row"], line["seed"], line["column"], line["command"]
-            float(line["minutes" if line["column"] == "pretrain" else "top1"])
+            float(line["minutes"])
         return lines
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"--results {path}: not lines of this program: name another") from error
@@ -177,17 +188,18 @@ def run(s, data, row, seed, column, file=None):
     for other, at in {(row, seed), *((name, 0) for name in ALL_ROWS)}:
         if ALL_ROWS[other][1] and f" {student(data, other, at)}" in text:
             run(s, data, other, at, "pretrain", student(data, other, at))
-    out, argv = Path(folder(text)), shlex.split(text)[1:]
+    out, start = Path(folder(text)), next(x for x in PROGRAMS if text.startswith(f"python {x} "))
+    argv = shlex.split(text.removeprefix(f"python {start} "))
+    method = argv[:argv[0] in rivals.METHODS]                            # one word, or none
     print(f"--- {data}, {row}, seed {seed}, {column}: {text}", flush=True)
-    program, start = {"-m": (rivals.main, argv[2:3]), "dmae.py": (dmae.main, []),
-                      "finetune.py": (finetune.main, [])}[argv[0]]       # start: a rival's method
+    program = PROGRAMS[start].main
     if column == "held-out":
         program = partial(held_out, count=DATA[data]["held"])
     if (out / "checkpoint.pth").exists():
-        argv = [*start, "--resume", str(out)]
+        argv = [*method, "--resume", str(out)]
     else:
         shutil.rmtree(out, ignore_errors=True)                # without one there is nothing to keep
-        argv = [*start, *argv[3 if start else 1:], "--out", str(out), "--amp", s.amp]
+        argv += ["--out", str(out), "--amp", s.amp]
     result = program([*argv, "--data-dir", s.data_dir])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     if column == "pretrain":                                     # the minutes of training, no k-NN
@@ -196,7 +208,7 @@ def run(s, data, row, seed, column, file=None):
         measured = dict(minutes=seconds / 60, images=sum(steps) * batch,
                         sha256=dmae.file_hash(out / "student.pth"))
     else:
-        measured = {name: result[name] for name in ("top1", "minutes")}
+        measured = {name: result[name] for name in MEASURED & result.keys()}
     line = dict(data=data, row=row, seed=seed, column=column, **measured, commit=commit(),
                 threads=torch.get_num_threads(), amp=s.amp, command=text)
     with open(s.results, "a") as file:
@@ -208,11 +220,11 @@ def run(s, data, row, seed, column, file=None):
 
 def values_of(lines, data, row, column):
     """{seed: percent} of a row and column, of `pretrain` {seed: minutes}, by today's flags."""
-    found = {line["seed"]: line for line in lines
-             if (line["data"], line["row"], line["column"]) == (data, row, column)
+    key = COLUMNS[column][2] if column in COLUMNS else "minutes" if column == "pretrain" else "top1"
+    found = {line["seed"]: line[key] * (100 if key == "top1" else 1) for line in lines
+             if line["data"] == data and key in line
              and line["command"] == command(data, row, line["seed"], column)}
-    return {seed: 100 * line["top1"] if "top1" in line else line["minutes"]
-            for seed, line in sorted(found.items())}
+    return dict(sorted(found.items()))
 
 
 def tables(lines):
@@ -223,7 +235,7 @@ def tables(lines):
         columns = [column for column in COLUMNS if any(known(row, column) for row in rows)]
         shown = {row: [known(row, column) for column in columns] for row in rows}
         head = ["pre-training", *(COLUMNS[column][0] for column in columns)]
-        found[f"{data}: top-1 in percent"] = [*head, "minutes of it"], [
+        found[f"{data}: results in percent"] = [*head, "minutes of it"], [
             [rows[row][0], *map(text, [*values, known(row, "pretrain")])]
             for row, values in shown.items()]
         for base in ("mae", "dmae"):
@@ -286,7 +298,7 @@ def chosen(flag, text, known):
 
 def columns_of(data, row, seed):
     """What there is to measure of a row: of teachers and of the search once, of scratch no transfer
-    (that is its row on Fashion-MNIST), and to Fashion-MNIST from `shapes` alone."""
+    (that is its row on Fashion-MNIST), to Fashion-MNIST from `shapes` alone; detection of three."""
     if row in SEARCH:
         return ["held-out"][seed:]
     if row in TEACHERS:
@@ -294,9 +306,10 @@ def columns_of(data, row, seed):
         return ["pretrain", "knn", "linear"] if here else []
     if row in VARIANTS and data == "shapes":
         return []
-    columns = [x for x in COLUMNS if data == "shapes" or not x.startswith("transfer")]
-    return [x for x in columns if x[:8] != "transfer"] if row == "scratch" else [
-        "pretrain", *columns]
+    left_out = ["transfer"] * (data != "shapes" or row == "scratch") + ["boxes", "masks"] * (
+        data != "shapes" or row not in ("scratch", "mae", "dmae"))
+    columns = [x for x in COLUMNS if not x.startswith(tuple(left_out))]
+    return columns if row == "scratch" else ["pretrain", *columns]
 
 
 def cells(s):

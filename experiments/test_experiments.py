@@ -24,8 +24,10 @@ from data import SETS, InputError
 from experiments import (analyze, comparison, deploy, detect, first_run, loader, rivals, speed,
                          study)
 
-# torchvision announces the end of its decoders; the core does without them when it comes.
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
+# torchvision announces the end of its decoders; the core does without them when it comes. The other
+# one is between pycocotools and numpy.
+pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding"),
+              pytest.mark.filterwarnings("ignore:__array__ implementation")]
 
 
 @pytest.fixture(autouse=True)
@@ -498,7 +500,7 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     argv = ["--data", "shapes", "--results", "r.jsonl", "--seeds", "0,1"]
     asked = [*argv, "--rows", "mae", "--columns", "knn"]
     comparison.main(asked)
-    table = comparison.main(asked)["shapes: top-1 in percent"]                # not run again
+    table = comparison.main(asked)["shapes: results in percent"]                # not run again
     comparison.main([*argv[:-1], "1", "--rows", "untrained,simmim", "--columns", "knn"])
     lines = first_run.read("r.jsonl")
     assert [(x["row"], x["seed"], x["column"]) for x in lines] == [
@@ -521,12 +523,18 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     monkeypatch.setitem(comparison.ROWS, "mae", ("MAE", "mae", "--mask-ratio 0.5"))
     monkeypatch.setitem(comparison.ALL_ROWS, "mae", comparison.ROWS["mae"])
     assert "| MAE |" not in comparison.main([*argv, "--rows", "scratch", "--columns", "pretrain"])[
-        "shapes: top-1 in percent"]
+        "shapes: results in percent"]
     comparison.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
     lines = first_run.read("r.jsonl")[11:]
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
     assert "--blr 6e-3 --epochs 1 --train-images 160" in lines[0]["command"]
     assert lines[0]["images"] == 128
+    boxes, masks = (comparison.command("shapes", "mae", 1, x) for x in ("boxes", "masks"))
+    assert boxes == masks == (f"python -m experiments.detect --init "
+                              f"{comparison.student('shapes', 'mae', 1)} --data scenes --seed 1")
+    found = dict(data="shapes", command=boxes, seed=1, box_ap=30.0, mask_ap=20.0)
+    assert [comparison.values_of([found], "shapes", "mae", x) for x in (
+        "boxes", "masks", "boxes-200")] == [{1: 30}, {1: 20}, {}]
     fails(comparison, "--rows dame: choose of scratch", ["--rows", "dame"], capsys)
     pytest.importorskip("matplotlib")
     comparison.main(["--report", "--results", "r.jsonl"])
