@@ -532,7 +532,7 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     boxes, masks = (comparison.command("shapes", "mae", 1, x) for x in ("boxes", "masks"))
     assert boxes == masks == (f"python -m experiments.detect --init "
                               f"{comparison.student('shapes', 'mae', 1)} --data scenes --seed 1")
-    found = dict(data="shapes", command=boxes, seed=1, box_ap=30.0, mask_ap=20.0)
+    found = dict(data="shapes", row="mae", command=boxes, seed=1, box_ap=30.0, mask_ap=20.0)
     assert [comparison.values_of([found], "shapes", "mae", x) for x in (
         "boxes", "masks", "boxes-200")] == [{1: 30}, {1: 20}, {}]
     fails(comparison, "--rows dame: choose of scratch", ["--rows", "dame"], capsys)
