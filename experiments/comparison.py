@@ -98,22 +98,32 @@ SEARCH = {f"{method}@{rate}": (f"{method}, blr {rate}", method,
           for method in METHODS for rate in RATES}
 ALL_ROWS = ROWS | VARIANTS | TEACHERS | SEARCH
 
-# The columns: what the table says, the program and its flags, the number of its result that counts.
-SCENES = "-m experiments.detect --data scenes"
-COLUMNS = {
-    "knn": ("k-NN", "finetune.py --mode knn --bank 10000", "top1"),
-    "linear": ("linear", "finetune.py --mode linear", "top1"),
-    "1%": ("1 % labels", "finetune.py --label-fraction 0.01", "top1"),
-    "all": ("all labels", "finetune.py --epochs 1", "top1"),
-    "transfer-linear": ("linear, Fashion-MNIST", "finetune.py --data fashion-mnist --mode linear",
-                        "top1"),
-    "transfer-1%": ("1 %, Fashion-MNIST", "finetune.py --data fashion-mnist --label-fraction 0.01",
-                    "top1"),
-    "boxes-200": ("box AP, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "box_ap"),
-    "masks-200": ("mask AP, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "mask_ap"),
-    "boxes": ("box AP, all scenes", SCENES, "box_ap"),
-    "masks": ("mask AP, all scenes", SCENES, "mask_ap"),
+# The tables: title, the data sets and rows they are of; columns: what they say, the program and its
+# flags, and which number of its result counts.
+FASHION, SCENES = "finetune.py --data fashion-mnist", "-m experiments.detect --data scenes"
+FEW, ALL = "finetune.py --label-fraction 0.01", "finetune.py --epochs 1"
+TABLES = {
+    "top-1 in percent": (DATA, ROWS | VARIANTS, {
+        "knn": ("k-NN", "finetune.py --mode knn --bank 10000", "top1"),
+        "linear": ("linear", "finetune.py --mode linear", "top1"),
+        "1%": ("1 % labels", FEW, "top1"),
+        "all": ("all labels", ALL, "top1")}),
+    "transfer to Fashion-MNIST, top-1 in percent": (["shapes"], list(ROWS)[1:], {
+        "transfer-linear": ("linear", f"{FASHION} --mode linear", "top1"),
+        "transfer-1%": ("1 % labels", f"{FASHION} --label-fraction 0.01", "top1")}),
+    "lower blocks kept, the others begun anew, top-1 in percent": (
+        ["fashion-mnist"], ["supervised", "mae", "dmae"], {
+            "1%-keep-2": ("1 % labels, 2 blocks", f"{FEW} --keep-blocks 2", "top1"),
+            "1%-keep-4": ("1 % labels, 4 blocks", f"{FEW} --keep-blocks 4", "top1"),
+            "all-keep-2": ("all labels, 2 blocks", f"{ALL} --keep-blocks 2", "top1"),
+            "all-keep-4": ("all labels, 4 blocks", f"{ALL} --keep-blocks 4", "top1")}),
+    "detection on scenes, AP in percent": (["shapes"], ["scratch", "mae", "dmae"], {
+        "boxes-200": ("boxes, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "box_ap"),
+        "masks-200": ("masks, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "mask_ap"),
+        "boxes": ("boxes, all scenes", SCENES, "box_ap"),
+        "masks": ("masks, all scenes", SCENES, "mask_ap")}),
 }
+COLUMNS = {name: column for _, _, columns in TABLES.values() for name, column in columns.items()}
 FIRST = ("knn", "linear", "1%")
 
 # The paper's results with ViT-Tiny: fine-tuned on Pets and on Flowers.
@@ -229,19 +239,19 @@ def values_of(lines, data, row, column):
 
 def tables(lines):
     """{name: a table in Markdown} of all that the lines have to say."""
-    found = {}
+    found, text = {}, mean_and_deviation
     for data in DATA:
-        known, text, rows = partial(values_of, lines, data), mean_and_deviation, ROWS | VARIANTS
-        columns = [column for column in COLUMNS if any(known(row, column) for row in rows)]
-        shown = {row: [known(row, column) for column in columns] for row in rows}
-        head = ["pre-training", *(COLUMNS[column][0] for column in columns)]
-        found[f"{data}: results in percent"] = [*head, "minutes of it"], [
-            [rows[row][0], *map(text, [*values, known(row, "pretrain")])]
-            for row, values in shown.items()]
-        for base in ("mae", "dmae"):
-            found[f"{data}: difference from {rows[base][0]} (± standard error)"] = head, [
-                [rows[row][0], *map(difference, values, shown[base])]
-                for row, values in shown.items() if row != base]
+        known = partial(values_of, lines, data)
+        for title, (_, rows, columns) in TABLES.items():
+            shown = {row: [known(row, column) for column in columns] for row in rows}
+            head = ["pre-training", *(column[0] for column in columns.values())]
+            found[f"{data}: {title}"] = [*head, "minutes of it"], [
+                [ALL_ROWS[row][0], *map(text, [*values, known(row, "pretrain")])]
+                for row, values in shown.items() if any(values)]
+            for base in ("mae", "dmae"):
+                found[f"{data}: {title}, differences from {ROWS[base][0]}"] = head, [
+                    [ALL_ROWS[row][0], *map(difference, values, shown[base])]
+                    for row, values in shown.items() if row != base]
         found[f"{data}: linear probe on held-out images, by --blr"] = ["method", *RATES], [
             [ROWS[method][0], *(text(known(f"{method}@{rate}", "held-out")) for rate in RATES)]
             for method in METHODS]
@@ -297,8 +307,7 @@ def chosen(flag, text, known):
 
 
 def columns_of(data, row, seed):
-    """What there is to measure of a row: of teachers and of the search once, of scratch no transfer
-    (that is its row on Fashion-MNIST), to Fashion-MNIST from `shapes` alone; detection of three."""
+    """What there is to measure of a row: of teachers and of the search once."""
     if row in SEARCH:
         return ["held-out"][seed:]
     if row in TEACHERS:
@@ -306,9 +315,8 @@ def columns_of(data, row, seed):
         return ["pretrain", "knn", "linear"] if here else []
     if row in VARIANTS and data == "shapes":
         return []
-    left_out = ["transfer"] * (data != "shapes" or row == "scratch") + ["boxes", "masks"] * (
-        data != "shapes" or row not in ("scratch", "mae", "dmae"))
-    columns = [x for x in COLUMNS if not x.startswith(tuple(left_out))]
+    columns = [column for sets, rows, columns in TABLES.values() if data in sets and row in rows
+               for column in columns]
     return columns if row == "scratch" else ["pretrain", *columns]
 
 

@@ -500,7 +500,7 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     argv = ["--data", "shapes", "--results", "r.jsonl", "--seeds", "0,1"]
     asked = [*argv, "--rows", "mae", "--columns", "knn"]
     comparison.main(asked)
-    table = comparison.main(asked)["shapes: results in percent"]                # not run again
+    table = comparison.main(asked)["shapes: top-1 in percent"]                # not run again
     comparison.main([*argv[:-1], "1", "--rows", "untrained,simmim", "--columns", "knn"])
     lines = first_run.read("r.jsonl")
     assert [(x["row"], x["seed"], x["column"]) for x in lines] == [
@@ -523,7 +523,7 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     monkeypatch.setitem(comparison.ROWS, "mae", ("MAE", "mae", "--mask-ratio 0.5"))
     monkeypatch.setitem(comparison.ALL_ROWS, "mae", comparison.ROWS["mae"])
     assert "| MAE |" not in comparison.main([*argv, "--rows", "scratch", "--columns", "pretrain"])[
-        "shapes: results in percent"]
+        "shapes: top-1 in percent"]
     comparison.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
     lines = first_run.read("r.jsonl")[11:]
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
