@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision import datasets
+from torchvision import datasets, tv_tensors
 from torchvision.models import detection
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
@@ -80,7 +80,7 @@ class Detector(detection.MaskRCNN):
         super().__init__(
             Pyramid(vit, width, autocast), min_size=side, max_size=side, size_divisible=side,
             image_mean=vit.config["mean"], image_std=vit.config["std"],
-            rpn_anchor_generator=detection.rpn.AnchorGenerator(
+            rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(
                 [(anchor * 2 ** i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5),
             box_head=boxes.TwoMLPHead(width * 7 ** 2, 4 * width),
             box_predictor=boxes.FastRCNNPredictor(4 * width, outputs),
@@ -231,9 +231,10 @@ def train(s):
     if s.data == "scenes":
         write_scenes(root, "train", 4000, seed=0)
         write_scenes(root, "val", 500, seed=1)
-    data = open_coco(  # a flip, a scale, a piece of one size, black beyond the image
+    grey = {tv_tensors.Image: 0.5, "others": 0}                        # what is beyond the image
+    data = open_coco(
         root, "train", v2.RandomHorizontalFlip(), v2.ScaleJitter((side, side), s.jitter),
-        v2.RandomCrop(side, pad_if_needed=True), v2.SanitizeBoundingBoxes())
+        v2.RandomCrop(side, fill=grey, pad_if_needed=True), v2.SanitizeBoundingBoxes())
     data.ids[s.train_images or len(data):] = []
     run.sources = _, test = data, open_coco(root, "val")
     model = new_detector(s, 1 + max(data.classes), run.autocast).to(run.device)
