@@ -892,7 +892,7 @@ def new_model(s, teacher):
 
 
 def bf16_gain():
-    """How many times as fast as in float32 this CPU multiplies matrices in bfloat16."""
+    """How many times faster this CPU multiplies matrices in bfloat16 than in float32."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         a, clock = torch.ones(1024, 1024, dtype=dtype), []
@@ -904,7 +904,7 @@ def bf16_gain():
 
 
 class Run:
-    """What surrounds training in both programs: processes, precision, the folder and its files.
+    """What surrounds training in all programs: processes, precision, the folder and its files.
 
     s: the settings. source: the flag of the file that the run starts from. `parts`, set by the
     program: {name: what has a state_dict}, for checkpoints. `log`: the lines of log.jsonl."""
@@ -929,8 +929,6 @@ class Run:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group()                               # nccl for cuda, gloo for cpu
         self.say = print if self.rank == 0 else lambda *text: None
-        if self.device.type == "cpu" and s.amp == "off" and bf16_gain() > 1.5:
-            self.say("this CPU multiplies faster in bfloat16: --amp bf16 would shorten the run")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s.amp == "fp16")
         dtype = torch.float16 if s.amp == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(self.device.type, dtype, enabled=s.amp != "off")
@@ -974,6 +972,8 @@ class Run:
         held = [name for name in ("config.json", "checkpoint.pth") if (self.out / name).exists()]
         require(not held, f"--out {s.out} holds a run ({', '.join(held)}): go on with it by "
                 f"--resume {s.out}, or name another folder")
+        if self.device.type == "cpu" and s.amp == "off" and bf16_gain() > 1.5:
+            self.say("this CPU multiplies faster in bfloat16: --amp bf16 would shorten the run")
         self.out.mkdir(parents=True, exist_ok=True)
         content = {"settings": vars(s), "torch": torch.__version__,
                    f"{self.source}_sha256": file_hash(getattr(s, self.source))}
@@ -1040,8 +1040,8 @@ class Meter:
         lr = max(group["lr"] for group in optimizer.param_groups)
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         require(all(x.isfinite().all() for x in (means, *weights)), f"losses or weights of epoch "
-                f"{self.epoch + 1} are not finite, at learning rate {lr:.3g}: lower --blr or try "
-                "--amp off")
+                f"{self.epoch + 1} are not finite, at learning rate {lr:.3g}: lower --blr, or try "
+                "--amp off if it is on")
         self.bar.close()
         rate = self.run.s.batch_size * self.steps / (time.perf_counter() - self.began)
         return dict(epoch=self.epoch + 1, step=(self.epoch + 1) * self.steps, lr=lr,

@@ -182,7 +182,7 @@ def stratified(labels, fraction, seed):
 
 # As FLAGS of dmae.py. [recipe]: from RECIPES, by data set and mode.
 FLAGS = {
-    "init": (None, "FILE", "weights of a ViT, x.pth or x.pth:3 to give its heads; none: chance"),
+    "init": (None, "FILE", "weights of a ViT, x.pth or x.pth:3 to give its heads; none: scratch"),
     "eval": (None, "FILE", "only evaluate a fine-tuned model.pth"),
     "data": ("shapes", "DIR|NAME", f"folder of train/CLASS/ and val/CLASS/, or {', '.join(SETS)}"),
     "mode": ("finetune", ("finetune", "linear", "knn"), "what is trained: all, a layer, nothing"),

@@ -8,12 +8,13 @@ A cell is one command: a data set, a way to pre-train (row), a seed, and what is
 `pretrain` is the pre-training itself). It runs once: it adds a line to --results, and is known by
 its command, in which the folder of each run it starts from is a hash of that run's command. So a
 row whose flags were changed is measured anew, and nothing else is. Stop whenever you like: the same
-command goes on. Several may run side by side, of other --seeds, once the teachers are trained.
+command goes on. Several may run side by side if no two need the same run: teachers, and seed 0 of
+`supervised` and `dino`, which are teachers, too, come first.
 
-All students have the same network and see 120,000 images of the set. Seeds of different rows share
-their order of images and their labels, so differences are taken seed by seed. Learning rates are
-chosen by `held-out`: half as long a pre-training, then a linear probe on images to train on that
-it has not seen.
+All students have the same network and see 120,000 images of the set, but for those of the rows
+that are given time. Seeds of different rows share their order of images and their labels, so
+differences are taken seed by seed. Learning rates are chosen by `held-out`: half as long a
+pre-training, then a linear probe on training images that it has not seen.
 """
 
 import argparse
@@ -161,8 +162,8 @@ def student(data, row, seed):
 
 
 def held_out(argv, count):
-    """What finetune.py does for --mode linear, but on the images to train on alone: tested on the
-    last `count` in the order in which --train-images takes them."""
+    """What finetune.py does for --mode linear, but on training images alone: tested on the last
+    `count` in the order in which --train-images takes them."""
     began = time.perf_counter()
     with dmae.command_line("finetune.py", finetune.FLAGS, argv) as given:
         s = dmae.settings_of(given, finetune.FLAGS, "init", finetune.defaults_for)
@@ -212,6 +213,7 @@ def run(s, data, row, seed, column, file=None):
         argv += ["--out", str(out), "--amp", s.amp]
     result = program([*argv, "--data-dir", s.data_dir])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    settings = json.loads((out / "config.json").read_text())["settings"]
     if column == "pretrain":                                     # the minutes of training, no k-NN
         steps, batch = [b["step"] - a["step"] for a, b in zip(log, log[1:])], 128
         seconds = sum(n * batch / x["images_per_second"] for n, x in zip(steps, log[1:]))
@@ -220,7 +222,7 @@ def run(s, data, row, seed, column, file=None):
     else:
         measured = {name: result[name] for name in MEASURED & result.keys()}
     line = dict(data=data, row=row, seed=seed, column=column, **measured, commit=commit(),
-                threads=torch.get_num_threads(), amp=s.amp, command=text)
+                threads=torch.get_num_threads(), amp=settings["amp"], command=text)
     with open(s.results, "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -263,24 +265,24 @@ def tables(lines):
     return {name: markdown(head, rows) for name, (head, rows) in found.items() if rows}
 
 
-def figure(lines, data, path):
-    """Linear probe and 1 % of the labels of each method, beside the paper's Pets and Flowers."""
+def figure(lines, path):
+    """Linear probe and 1 % of the labels by each method, beside the paper's Pets and Flowers."""
     from matplotlib.figure import Figure
-    sheet = Figure(figsize=(9, 3.6), layout="constrained")
-    ours, theirs = sheet.subplots(1, 2, sharey=True)
-    titles = [ROWS[row][0] for row in PAPER]
-    for i, (column, name) in enumerate((("linear", "Pets"), ("1%", "Flowers"))):
-        values = [list(values_of(lines, data, row, column).values()) for row in PAPER]
-        means = [statistics.mean(x) if x else math.nan for x in values]
-        spread = [statistics.stdev(x) if len(x) > 1 else 0 for x in values]
-        places = [place + 0.4 * i for place in range(len(PAPER))]
-        ours.barh(places, means, 0.4, xerr=spread, label=COLUMNS[column][0])
-        theirs.barh(places, [pair[i] for pair in PAPER.values()], 0.4, label=name)
-    ours.set_yticks([place + 0.2 for place in range(len(PAPER))], titles)
-    ours.invert_yaxis()
-    for axis, title in ((ours, f"here, {data}"), (theirs, "paper, fine-tuned ViT-Tiny")):
-        axis.set_title(f"{title}: top-1 in %")
+    sheet = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = sheet.subplots(1, 1 + len(DATA), sharey=True)
+    for axis, data in zip(axes, [*DATA, None]):
+        for i, column in enumerate(("linear", "1%")):
+            values = [list(values_of(lines, data, row, column).values()) if data
+                      else [PAPER[row][i]] for row in PAPER]
+            axis.barh([place + 0.4 * i for place in range(len(PAPER))],
+                      [statistics.mean(x) if x else math.nan for x in values], 0.4,
+                      xerr=[statistics.stdev(x) if len(x) > 1 else 0 for x in values],
+                      label=COLUMNS[column][0] if data else ("Pets", "Flowers")[i])
+        axis.set_title(data or "paper: fine-tuned ViT-Tiny")
+        axis.set_xlabel("top-1 in percent")
         axis.legend()
+    axes[0].set_yticks([place + 0.2 for place in range(len(PAPER))], [ROWS[x][0] for x in PAPER])
+    axes[0].invert_yaxis()
     sheet.savefig(path, dpi=100)
 
 
@@ -302,7 +304,7 @@ FLAGS = {
 def chosen(flag, text, known):
     names = list(known) if text is None else text.split(",")
     for name in names:
-        require(name in known, f"--{flag} {name}: choose of {', '.join(known)}")
+        require(name in known, f"--{flag} {name}: choose from {', '.join(known)}")
     return names
 
 
@@ -337,16 +339,20 @@ def main(argv=None):
     """The command line; returns the tables, {name: Markdown}. Bad input: a line, exit status 2."""
     with dmae.command_line("experiments.comparison", FLAGS, argv) as given:
         s = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
-        for cell in [] if s.report else cells(s):
-            run(s, *cell)
+        if not s.report:
+            asked = cells(s)
+            Path(s.results).open("a").close()                       # fails now, not after an hour
+            for cell in asked:
+                run(s, *cell)
         lines = read(s.results)
         require(lines, f"--results {s.results}: there are no lines in it yet")
         found = tables(lines)
+        require(found, f"--results {s.results}: no line is of today's flags")
         print(*(f"\n{name}\n\n{table}" for name, table in found.items()), sep="", end="")
         if s.report:
             try:
                 folder = HERE / "figures" if Path(s.results) == RESULTS else Path(s.results).parent
-                figure(lines, "fashion-mnist", folder / "comparison.png")
+                figure(lines, folder / "comparison.png")
             except ImportError as error:
                 raise InputError("the figure needs pip install matplotlib") from error
         return found

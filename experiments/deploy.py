@@ -22,14 +22,17 @@ from torch import nn
 
 import dmae
 import finetune
-from data import InputError, open_data, require
+from data import FOLDER, SETS, InputError, open_data, require
 
 FLAGS = {
-    "data": (None, "DIR|NAME", "of a classifier: test it on these, too"),
+    "data": (None, "DIR|NAME", "images to test a classifier on"),
     "data_dir": ("data", "DIR", "where named sets lie, or are downloaded to"),
     "steps": (30, (int, 1, 10**6), "images to time, one by one; the median counts"),
     "out": ("deployed", "DIR", "where the programs are written"),
 }
+
+
+NAMES = ["model.pt2", "model.onnx", "model_int8.onnx"]
 
 
 class Program(nn.Module):
@@ -45,6 +48,7 @@ def export(method, images, out):
     import onnxruntime
     from onnxruntime.quantization import quantize_dynamic
 
+    out.mkdir(parents=True, exist_ok=True)
     program, batch = Program(method).eval(), {"images": {0: torch.export.Dim("batch")}}
     torch.export.save(torch.export.export(program, (images,), dynamic_shapes=batch),
                       out / "model.pt2")
@@ -60,7 +64,7 @@ def export(method, images, out):
         return lambda x: torch.from_numpy(session.run(None, {entry.name: x.numpy()})[0])
 
     return {"model.pt2": torch.export.load(out / "model.pt2").module(),
-            **{name: runtime(name) for name in ("model.onnx", "model_int8.onnx")}}
+            **{name: runtime(name) for name in NAMES[1:]}}
 
 
 def milliseconds(call, image, steps):
@@ -80,10 +84,17 @@ def deploy(file, s):
     vit = dmae.load_vit(file)
     model = finetune.load_classifier(file) if "head.weight" in vit.others else vit
     method, config, out = getattr(model, "logits", model.encode), vit.config, Path(s.out)
+    held = [name for name in NAMES if (out / name).exists()]
+    require(not held, f"--out {out} holds {', '.join(held)}: name another folder")
     require(not s.data or model is not vit, f"--data: {file} is an encoder, without classes")
-    test = open_data(s.data, dict(config, crop_scale=1.0), config["image_size"], s.data_dir)[
-        1] if s.data else None
-    out.mkdir(parents=True, exist_ok=True)
+    test = None
+    if s.data:
+        _, test = open_data(s.data, dict(config, crop_scale=1.0), config["image_size"], s.data_dir)
+        channels = SETS.get(s.data, FOLDER)["channels"]
+        require(test is not None and test.labels is not None and len(test.classes) ==
+                model.head.out_features and (model.classes or test.classes) == list(test.classes)
+                and channels <= config["channels"], f"--data {s.data} has not the classes, or not "
+                f"the colours, that {file} tells apart")
     images = torch.randn(4, config["channels"], *config["image_size"],
                          generator=torch.Generator().manual_seed(0))
     try:

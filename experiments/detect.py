@@ -1,9 +1,9 @@
 """Detection: Mask R-CNN on a plain pre-trained encoder, the last columns of the paper's table.
 
-    python -m experiments.detect --init runs/0001/student.pth          # on scenes, drawn here
-    python -m experiments.detect --init dmae_tiny.pth --data coco      # the paper's; not run here
+    python -m experiments.detect --init runs/0001/student.pth           # on scenes, drawn here
+    python -m experiments.detect --init dmae_tiny.pth --data coco       # as the paper; not run
 
-Pyramid, heads and losses are ViTDet's (Li et al. 2022, arXiv 2203.16527) by torchvision's MaskRCNN.
+The pyramid is ViTDet's (Li et al. 2022, arXiv 2203.16527), what follows torchvision's MaskRCNN.
 Scenes and COCO come through one loader, in the layout that COCO is published in: train2017/,
 val2017/, annotations/instances_train2017.json and instances_val2017.json. AP is pycocotools'
 (pip install pycocotools).
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision import datasets, tv_tensors
+from torchvision import tv_tensors
 from torchvision.models import detection
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
@@ -29,13 +29,13 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 import dmae
-from data import SETS, InputError, require, seed_of
+from data import FOLDER, SETS, require, seed_of
 
 try:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    from experiments.scenes import encoded, write_scenes
+    from experiments.scenes import encoded, open_coco, write_scenes
 except ImportError:
     COCO = None
 
@@ -43,22 +43,22 @@ except ImportError:
 
 
 class Pyramid(nn.Module):
-    """A plain ViT, and four maps of its last block at strides 4, 8, 16 and 32 by (de)convolutions;
-    a fifth, for the largest boxes, is half of the last. All are `width` wide. The ViT and they run
-    in `autocast`; what follows does not: corners of boxes do not fit into eight bits."""
+    """A plain ViT; from its last block four maps at strides 4 to 32, by (de)convolution or pooling,
+    and a fifth at 64, all `width` channels wide. These run in `autocast`, what follows in float32:
+    the eight significant bits of bfloat16 are too few for corners of boxes."""
 
     def __init__(self, vit, width, autocast):
         super().__init__()
         self.vit, self.out_channels, self.autocast = vit, width, autocast
-        self.scales, p = nn.ModuleList(), vit.config["patch_size"]
-        require(p in (1, 2, 4, 8, 16, 32), f"patches of {p} pixels: take 1, 2, 4, 8, 16 or 32")
+        self.levels, p = nn.ModuleList(), vit.config["patch_size"]
+        require(p in (1, 2, 4, 8, 16, 32), f"patches of {p} pixels: detection needs a power of two")
         for stride in (4, 8, 16, 32):
             c, steps = vit.width, [nn.MaxPool2d(stride // p)] if stride > p else []
             for _ in range(int(math.log2(max(1, p / stride)))):
                 steps += [LayerNorm2d(c), nn.GELU()] if steps else []
                 steps.append(nn.ConvTranspose2d(c, c // 2, 2, stride=2))
                 c //= 2
-            self.scales.append(nn.Sequential(
+            self.levels.append(nn.Sequential(
                 *steps, nn.Conv2d(c, width, 1, bias=False), LayerNorm2d(width),
                 nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width)))
 
@@ -67,15 +67,15 @@ class Pyramid(nn.Module):
         with self.autocast:
             tokens = self.vit(images, tokens_of=[self.vit.depth])[0][self.vit.depth]  # b 1+n c
             x = tokens[:, 1:].mT.unflatten(2, self.vit.grid)                          # b c gh gw
-            maps = [scale(x).float() for scale in self.scales]
+            maps = [level(x).float() for level in self.levels]
         return {str(i): x for i, x in enumerate([*maps, F.max_pool2d(maps[-1], 1, 2)])}
 
 
 class Detector(detection.MaskRCNN):
-    """Mask R-CNN on a `Pyramid`, its heads as wide. On the finest map boxes are proposed around
-    those of `anchor` pixels, on each next one around boxes twice as large."""
+    """Mask R-CNN on a `Pyramid`, its heads as wide. The finest map's anchors have sides of `anchor`
+    pixels, each coarser one's of twice as many."""
 
-    def __init__(self, vit, outputs, width, anchor, autocast, **options):
+    def __init__(self, vit, classes, width, anchor, autocast, **options):
         side, boxes, masks = vit.config["image_size"][0], detection.faster_rcnn, detection.mask_rcnn
         super().__init__(
             Pyramid(vit, width, autocast), min_size=side, max_size=side, size_divisible=side,
@@ -83,9 +83,9 @@ class Detector(detection.MaskRCNN):
             rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(
                 [(anchor * 2 ** i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5),
             box_head=boxes.TwoMLPHead(width * 7 ** 2, 4 * width),
-            box_predictor=boxes.FastRCNNPredictor(4 * width, outputs),
+            box_predictor=boxes.FastRCNNPredictor(4 * width, 1 + classes),
             mask_head=masks.MaskRCNNHeads(width, [width] * 4, 1),
-            mask_predictor=masks.MaskRCNNPredictor(width, width, outputs), **options)
+            mask_predictor=masks.MaskRCNNPredictor(width, width, 1 + classes), **options)
 
     def forward(self, images, targets=None):
         """images: (3, height, width) in 0 to 1 each; targets: {"boxes", "labels", "masks"} each. In
@@ -98,40 +98,15 @@ class Detector(detection.MaskRCNN):
         return {"loss": sum(found.values())} | found if self.training else found
 
 
-# =========================================================================================== images
-
-
-def open_coco(root, split, *transforms):
-    """Pairs of an image and its target from a folder in COCO's layout; of "train", without crowds,
-    those with something on them."""
-    folder, file = Path(root, f"{split}2017"), Path(root, f"annotations/instances_{split}2017.json")
-    transforms = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), *transforms]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):                     # it reports its timings
-            data = datasets.CocoDetection(str(folder), str(file), transforms=v2.Compose(transforms))
-        if split == "train":
-            single = {i: [x for x in found if not x["iscrowd"]]
-                      for i, found in data.coco.imgToAnns.items()}
-            data.coco.imgToAnns = {i: found for i, found in single.items() if found}
-            data.ids = sorted(data.coco.imgToAnns)
-    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
-        raise InputError(f"--data {root}: {file} is not there, or not as COCO has it") from error
-    require(data.ids and min(data.coco.cats) > 0, f"--data {root}: {file} has nothing on its "
-            "images, or a category 0, which is the ground here")
-    data.classes, data.broken = sorted(data.coco.cats), []               # as the core's sets have
-    return datasets.wrap_dataset_for_transforms_v2(
-        data, target_keys=("image_id", "boxes", "labels", "masks"))
-
-
 # ======================================================================================= evaluation
 
 
 @torch.no_grad()
-def detect(model, data):
+def detect(model, data, workers=0):
     """What the model finds on all images, as COCO's files of results have it."""
     model.eval()
     results = []
-    for batch in DataLoader(data, 16, collate_fn=list):
+    for batch in DataLoader(data, 16, num_workers=workers, collate_fn=list):
         for (_, target), found in zip(batch, model([image for image, _ in batch]), strict=True):
             boxes = TF.convert_bounding_box_format(found["boxes"].cpu(), "xyxy", "xywh").tolist()
             codes = map(encoded, found["masks"][:, 0].cpu() > 0.5)
@@ -158,19 +133,19 @@ def average_precision(truth, results):
 
 @torch.no_grad()
 def draw(model, data, out):
-    """detection_1.png to detection_4.png: the truth of an image; what is found, if rather sure."""
+    """detection_1.png to detection_4.png: an image's truth; what is found with scores from 0.5."""
     model.eval()
     for i, (image, target) in zip(range(4), data):
         found, panels = model([image])[0], []
         found = {name: x[found["scores"] >= 0.5].cpu() for name, x in found.items()}
         for x in (target, found | dict(masks=found["masks"][:, 0] > 0.5)):
-            scale = math.ceil(384 / max(image.shape))
-            panels.append(F.interpolate(image[None], scale_factor=scale)[0])
+            size = math.ceil(384 / max(image.shape))                        # of a pixel, enlarged
+            panels.append(F.interpolate(image[None], scale_factor=size)[0])
             if len(x.get("labels", ())):
-                masks = F.interpolate(x["masks"][None].float(), scale_factor=scale)[0] > 0
-                names = [data.coco.cats[label]["name"] for label in x["labels"].tolist()]
-                panels[-1] = draw_bounding_boxes(draw_segmentation_masks(
-                    panels[-1], masks, alpha=0.4), x["boxes"] * scale, names)
+                masks = F.interpolate(x["masks"][None].float(), scale_factor=size)[0] > 0
+                names = [data.classes[label - 1] for label in x["labels"].tolist()]
+                panels[-1] = draw_segmentation_masks(panels[-1], masks, alpha=0.4)
+                panels[-1] = draw_bounding_boxes(panels[-1], x["boxes"] * size, names)
         TF.to_pil_image(torch.cat(panels, dim=2)).save(out / f"detection_{i + 1}.png")
 
 
@@ -178,24 +153,24 @@ def draw(model, data, out):
 
 RECIPES = {
     "scenes": dict(                                                   # sized for two CPU cores
-        epochs=3, batch_size=16, lr=1e-3, jitter=(0.75, 1.33), image_size=64, patch_size=4,
+        epochs=3, batch_size=16, blr=1.6e-2, jitter=(0.75, 1.33), image_size=64, patch_size=4,
         model="slim", width=32, anchor=8, options=dict(
             rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64,
             box_batch_size_per_image=64, box_detections_per_img=20)),
-    "coco": dict(                                                     # the authors'
-        epochs=100, batch_size=64, lr=1e-4, jitter=(0.1, 2.0), image_size=640, patch_size=16,
+    "coco": dict(                                        # the authors', but for the heads
+        epochs=100, batch_size=64, blr=4e-4, jitter=(0.1, 2.0), image_size=640, patch_size=16,
         model="tiny", width=256, anchor=32, options={}),
 }
 FLAGS = {
     "init": (None, "FILE", "weights of a ViT, x.pth or x.pth:3 to give its heads; none: scratch"),
     "data": ("scenes", "DIR", "a folder in COCO's layout; scenes are drawn, into --data-dir"),
-    "train_images": (None, (int, 1, 10**9), "take the first N [all]"),
-    "image_size": (None, (int, 32, 10**5), "the longer side is brought to it [recipe]"),
+    "train_images": (None, (int, 1, 10**9), "use only so many, the same ones for every seed [all]"),
+    "image_size": (None, (int, 32, 4096), "the longer side is brought to it [recipe]"),
     "epochs": (None, (int, 1, 10**6), "over the training images [recipe]"),
     "batch_size": (None, (int, 1, 10**9), "images an update [recipe]"),
-    "lr": (None, (float, 0, 1e9), "learning rate [recipe]"),
-} | {name: dmae.MACHINE_FLAGS[name] for name in dmae.MACHINE_FLAGS.keys() - {
-    "micro_batch", "compile"}}                      # the losses read numbers: nothing to compile
+    "blr": (None, (float, 0, 1e9), "the learning rate is blr * batch / 256 [recipe]"),
+} | dmae.MACHINE_FLAGS
+del FLAGS["micro_batch"], FLAGS["compile"]
 
 
 def defaults_for(given):
@@ -205,45 +180,54 @@ def defaults_for(given):
 
 
 def learning_rate(step, total, peak):
-    """Warm-up over 250 steps, at most a tenth of all; a tenth from 24/27 and again from 26/27."""
+    """Warm-up over 250 steps, at most a tenth of all; a tenth from 24/27 on, of that from 26/27."""
     return peak * min(1, (step + 1) / max(1, min(250, total // 10))) * 0.1 ** sum(
         step >= part * total / 27 for part in (24, 26))
 
 
-def new_detector(s, outputs, autocast):
-    """A detector on the encoder of --init; its own weights depend on the seed alone."""
+def open_encoder(s):
+    """The encoder of --init, its position table resized to the images and trained."""
     torch.manual_seed(s.seed)
-    vit = (dmae.new_vit(s.model, argparse.Namespace(**SETS["shapes"] | vars(s)))
-           if s.init == "none" else dmae.load_vit(s.init))
+    row = SETS["shapes"] if s.data == "scenes" else FOLDER
+    vit = (dmae.new_vit(s.model, argparse.Namespace(**row | vars(s))) if s.init == "none"
+           else dmae.load_vit(s.init))
     p = vit.config["patch_size"]
-    require(vit.config["channels"] == 3, f"--init {s.init} sees grey images alone")
-    require(s.image_size % 32 == 0 == s.image_size % p, f"--image-size {s.image_size}: no multiple "
-            f"of 32 and of the patches' side, {p}")
-    dmae.resize_grid(vit, [s.image_size // p] * 2).pos_embed.requires_grad_(True)
-    return Detector(vit, outputs, s.width, s.anchor, autocast, **s.options)
+    require(vit.config["channels"] == 3, f"--init {s.init} is for grey images: take another")
+    require(s.image_size % math.lcm(32, p) == 0, f"--image-size {s.image_size}: take a multiple of "
+            f"{math.lcm(32, p)}")
+    dmae.resize_grid(vit, [s.image_size // p] * 2)
+    vit.pos_embed.requires_grad_(True)
+    return vit
 
 
 def train(s):
-    """One run, with pictures of what it finds in its folder; returns the last line of its log."""
+    """One run; its folder gets pictures, too, and the model is in checkpoint.pth. Returns the last
+    line of the log."""
     began, run = time.perf_counter(), dmae.Run(s, "init")
     require(run.world == 1, "detection takes one process")
-    root, side = Path(s.data_dir, "scenes") if s.data == "scenes" else s.data, s.image_size
+    vit, root, side = open_encoder(s), s.data, s.image_size
     if s.data == "scenes":
+        root = Path(s.data_dir, "scenes")
         write_scenes(root, "train", 4000, seed=0)
         write_scenes(root, "val", 500, seed=1)
     grey = {tv_tensors.Image: 0.5, "others": 0}                        # what is beyond the image
     data = open_coco(
         root, "train", v2.RandomHorizontalFlip(), v2.ScaleJitter((side, side), s.jitter),
         v2.RandomCrop(side, fill=grey, pad_if_needed=True), v2.SanitizeBoundingBoxes())
-    data.ids[s.train_images or len(data):] = []
     run.sources = _, test = data, open_coco(root, "val")
-    model = new_detector(s, 1 + max(data.classes), run.autocast).to(run.device)
+    require(data.classes == test.classes, f"--data {root}: train and val differ in categories")
+    require((s.train_images or 0) <= len(data), f"--train-images: there are only {len(data)}")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    data.ids[:] = [data.ids[i] for i in order[:s.train_images].sort().values]
+    model = Detector(vit, len(data.classes), s.width, s.anchor, run.autocast, **s.options)
+    model.to(run.device)
     steps, _, _ = run.divide(len(data))
     run.open_folder()
-    optimizer = torch.optim.AdamW(dmae.parameter_groups(model, 0.05), lr=s.lr)
+    optimizer = torch.optim.AdamW(dmae.parameter_groups(model, 0.05))
     run.parts = dict(model=model, optimizer=optimizer, scaler=run.scaler)
     done, total = run.load_checkpoint(data), s.epochs * steps
-    before = run.log[-1]["minutes"] if run.log else 0
+    before, peak = run.log[-1]["minutes"] if run.log else 0, s.blr * s.batch_size / 256
+    workers = s.workers if run.device.type == "cuda" else 0      # a CPU's cores are busy with steps
     run.say(f"run {run.out}: {s.init} on {len(data):,} images of {s.data}, {len(test):,} to test "
             f"on, {len(data.classes)} categories; {total} steps")
     tested = range(s.epochs, 0, -math.ceil(3 * len(test) / len(data)))
@@ -253,13 +237,13 @@ def train(s):
         meter = dmae.Meter(run, epoch, steps)
         for i, batch in enumerate(DataLoader(
                 data, batch_sampler=dmae.epoch_order(len(data), s, epoch).tolist(),
-                num_workers=s.workers if run.device.type == "cuda" else 0, collate_fn=list)):
-            lr = learning_rate(epoch * steps + i, total, s.lr)
+                num_workers=workers, collate_fn=list)):
+            lr = learning_rate(epoch * steps + i, total, peak)
             meter.add(dmae.train_step(model, optimizer, run.scaler, lr, [list(zip(*batch))],
                                       len(batch), contextlib.nullcontext()))
         line = meter.line(optimizer)
         if epoch + 1 in tested:
-            line |= average_precision(test.coco, detect(model, test))
+            line |= average_precision(test.coco, detect(model, test, workers))
         run.record(line | dict(minutes=before + (time.perf_counter() - began) / 60))
         run.save_checkpoint(data)
     draw(model, test, run.out)

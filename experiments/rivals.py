@@ -7,7 +7,7 @@ Each is a class below, an encoder with whatever its loss needs; `forward` takes 
 of a batch and returns the losses by name. Network, images, recipes, runs and k-NN are the core's,
 so that students differ in the method alone. Sizes of heads are ours, for images of 32 pixels.
 
-Letters as in dmae.py; k prototypes or width of an embedding, v views.
+Letters as in dmae.py; e prototypes or width of an embedding, v views.
 """
 
 import copy
@@ -26,7 +26,8 @@ from data import require, seed_of, write
 
 
 def mlp(*widths, activation=nn.GELU, batch_norm=False):
-    """Linear layers, an activation between; batch_norm: behind each, the last without weights."""
+    """Linear layers, an activation between them; batch_norm: a norm after each, the last without
+    weights."""
     layers = []
     for i, (a, b) in enumerate(zip(widths, widths[1:])):
         last = i == len(widths) - 2
@@ -38,7 +39,7 @@ def mlp(*widths, activation=nn.GELU, batch_norm=False):
 
 @torch.no_grad()
 def follow(average, model, momentum):
-    """The weights of `average` go towards the model's: average * momentum + model * the rest."""
+    """Moves the weights of `average` towards the model's: average * momentum + model * the rest."""
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
         old.lerp_(new, 1 - momentum)
 
@@ -73,8 +74,8 @@ class SimMIM(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = nn.Linear(width, vit.config["patch_size"] ** 2 * vit.config["channels"])
-        require(all(side % 2 == 0 for side in vit.grid), f"simmim hides patches two by two: not a "
-                f"grid of {vit.grid[0]} x {vit.grid[1]}")
+        require(all(side % 2 == 0 for side in vit.grid) and math.prod(vit.grid) > 4, "simmim hides "
+                f"patches two by two: not of a grid of {vit.grid[0]} x {vit.grid[1]}")
 
     def inputs(self, views, labels, generator):
         rows, columns = (side // 2 for side in self.encoder.grid)
@@ -115,11 +116,11 @@ class MoCoV3(nn.Module):
 
     def forward(self, views, labels):
         x = rearrange(views, "b v ch h w -> (v b) ch h w")
-        q = self.predictor(self.projector(self.encoder.encode(x)[:, 0]))                  # v*b k
+        q = self.predictor(self.projector(self.encoder.encode(x)[:, 0]))                  # v*b e
         with torch.no_grad():
             vit, projector = self.average
-            keys = projector(vit.encode(x)[:, 0])                                         # v*b k
-        (q1, q2), (k1, k2) = q.float().chunk(2), keys.float().chunk(2)                    # b k each
+            keys = projector(vit.encode(x)[:, 0])                                         # v*b e
+        (q1, q2), (k1, k2) = q.float().chunk(2), keys.float().chunk(2)                    # b e each
         return {"loss": self.contrast(q1, k2) + self.contrast(q2, k1)}
 
     def contrast(self, q, keys):
@@ -128,7 +129,7 @@ class MoCoV3(nn.Module):
         return 2 * self.temperature * F.cross_entropy(scores, right)
 
     def after_step(self, done):
-        """done: 0 at the first step to 1 at the last. The momentum goes from 0.99 to 1."""
+        """done: the share of all steps behind. The momentum goes from 0.99 to 1."""
         momentum = 1 - 0.01 * (1 + math.cos(math.pi * done)) / 2
         follow(self.average, nn.ModuleList([self.encoder, self.projector]), momentum)
 
@@ -159,13 +160,13 @@ class DINO(nn.Module):
     @staticmethod
     def scores(parts, images):
         vit, neck, prototypes = parts
-        return prototypes(F.normalize(neck(vit.encode(images)[:, 0]), dim=1)).float()     # b k
+        return prototypes(F.normalize(neck(vit.encode(images)[:, 0]), dim=1)).float()     # b e
 
     def forward(self, views, labels):
         x = rearrange(views, "b v ch h w -> (v b) ch h w")
-        student = self.scores(self.parts(), x)                                            # v*b k
+        student = self.scores(self.parts(), x)                                            # v*b e
         with torch.no_grad():
-            teacher = self.scores(self.average, x)                                        # v*b k
+            teacher = self.scores(self.average, x)                                        # v*b e
         loss = self.cross_entropy(student, teacher)
         if self.training:
             self.centre.lerp_(teacher.mean(dim=0, keepdim=True), 0.1)
@@ -174,8 +175,8 @@ class DINO(nn.Module):
     def cross_entropy(self, student, teacher):
         """Each view's distribution against the other view's: (v*b, k) both, v = 2."""
         targets = ((teacher - self.centre) / self.teacher_temperature).softmax(dim=1)
-        first, second = targets.chunk(2)                                                  # b k
-        logs = (student / self.student_temperature).log_softmax(dim=1)                    # v*b k
+        first, second = targets.chunk(2)                                                  # b e
+        logs = (student / self.student_temperature).log_softmax(dim=1)                    # v*b e
         return -(torch.cat([second, first]) * logs).sum(dim=1).mean()
 
     def after_step(self, done):
@@ -212,9 +213,11 @@ del FLAGS["micro_batch"]                    # batch norm and contrast are over t
 
 
 def pretrain(method, s):
-    """One run; leaves what dmae.py's does, but for pictures and mixers; returns its folder."""
+    """One run; leaves config, log, checkpoint and, at the end, student.pth with the encoder alone;
+    returns its folder."""
     run = dmae.Run(s, "teacher")
     require(run.world == 1, "rivals take one process")
+    require(s.batch_size > 1, "--batch-size must be 2 or more: images are contrasted")
     torch.manual_seed(s.seed)
     vit, (kind, count, decay) = dmae.new_vit(s.student, s), METHODS[method]
     train, test = run.open_data(vars(s), vit.config["image_size"], s.train_images)
@@ -222,6 +225,7 @@ def pretrain(method, s):
     s.classes = len(train.classes)
     steps, _, _ = run.divide(len(train))
     model = kind(vit, s).to(run.device)
+    replica = run.replicate(model)
     run.open_folder()
     total, warmup = s.epochs * steps, round(s.warmup_epochs * steps)
     peak = s.blr * s.batch_size / 256
@@ -251,10 +255,10 @@ def pretrain(method, s):
             optimizer.param_groups[0]["weight_decay"] = decay[1] + (
                 decay[0] - decay[1]) * (1 + math.cos(math.pi * step / total)) / 2
             lr = dmae.learning_rate(step, total, warmup, peak)
-            meter.add(dmae.train_step(model, optimizer, run.scaler, lr, pieces, len(images),
+            meter.add(dmae.train_step(replica, optimizer, run.scaler, lr, pieces, len(images),
                                       run.autocast))
             if hasattr(model, "after_step"):
-                model.after_step(step / total)
+                model.after_step((step + 1) / total)
         model.eval()
         run.record(meter.line(optimizer) | (knn() if epoch + 1 in measured else {}))
         run.save_checkpoint(train)
@@ -271,7 +275,7 @@ def main(argv=None):
         require(method in METHODS, f"name a method first: {', '.join(METHODS)}")
         s = dmae.settings_of(given, FLAGS, "teacher", lambda given: dict(
             dmae.defaults_for(given | dict(teacher="none")), teacher="none", method=method))
-        require(s.method == method, f"--resume {s.out} is a run of {s.method}: name that")
+        require(getattr(s, "method", None) == method, f"--resume {s.out}: not a run of {method}")
         return pretrain(method, s)
 
 

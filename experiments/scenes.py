@@ -1,22 +1,54 @@
-"""Drawn scenes to detect figures in: images, boxes and masks, exact, in COCO's layout.
+"""Images with boxes and masks for `experiments.detect`: COCO's layout, and scenes drawn in it."""
 
-`experiments.detect` writes them where it needs them.
-"""
-
+import contextlib
+import io
 import json
 import math
 from pathlib import Path
 
 import torch
 from pycocotools import mask as rle
+from torchvision import datasets
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from data import FIGURES, figure_distance, write
+from data import FIGURES, InputError, figure_distance, require, write
+
+
+def open_coco(root, split, *transforms):
+    """(image, target) pairs from a folder in COCO's layout, categories numbered from 1. For "train"
+    crowds are dropped, and images left without objects."""
+    folder, file = Path(root, f"{split}2017"), Path(root, f"annotations/instances_{split}2017.json")
+    transforms = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), *transforms]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):                     # it reports its timings
+            data = datasets.CocoDetection(str(folder), str(file), transforms=v2.Compose(transforms))
+        content, files = data.coco.dataset, {path.name for path in folder.iterdir()}
+        names = {x["id"]: x["name"] for x in content["categories"]}
+        numbers = {old: new for new, old in enumerate(names, start=1)}
+        for x in content["annotations"]:
+            x["category_id"] = numbers[x["category_id"]]
+            require(x["image_id"] in data.coco.imgs and x["area"] >= 0 and len(x["bbox"]) == 4
+                    and x["segmentation"], f"its annotation {x['id']} is incomplete")
+        content["categories"] = [dict(id=numbers[i], name=name) for i, name in names.items()]
+        if split == "train":
+            content["annotations"] = [x for x in content["annotations"] if not x["iscrowd"]]
+        data.coco.createIndex()
+        lost = {x["file_name"] for x in data.coco.imgs.values()} - files
+        require(not lost, f"{len(lost)} images are not there, among them {min(lost, default='')}")
+        require(content["annotations"], "it has no objects")
+        data.ids = sorted(data.coco.imgToAnns if split == "train" else data.coco.imgs)
+    except (InputError, OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+        reason = error if isinstance(error, InputError) else repr(error)
+        raise InputError(f"--data {root}: {file} is not as COCO has it: {reason}") from error
+    data.classes, data.broken = list(names.values()), []             # what Run expects of a source
+    return datasets.wrap_dataset_for_transforms_v2(
+        data, target_keys=("image_id", "boxes", "labels", "masks"))
 
 
 def draw_scene(g):
-    """Two to five figures of `shapes` on a ground of 96 pixels, which may overlap and be cut: image
-    uint8 (3, 96, 96); which figure is seen where, (96, 96), from 1; their labels into FIGURES."""
+    """Two to five figures of `shapes` on a ground of 96 pixels, partly hidden or cut off: an image,
+    uint8 (3, 96, 96); which is seen where, (96, 96), 0 for none; their labels into FIGURES."""
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape or (1,), generator=g)
 
@@ -38,11 +70,12 @@ def draw_scene(g):
 
 
 def write_scenes(root, split, count, seed):
-    """`count` scenes in COCO's layout, unless they are there. Figures of which fewer than 40 pixels
-    are seen are not counted. Deterministic."""
+    """`count` scenes in COCO's layout, unless their JSON is there. Deterministic. Figures of which
+    fewer than 40 pixels are seen get no annotation."""
     folder, file = Path(root, f"{split}2017"), Path(root, f"annotations/instances_{split}2017.json")
     if file.exists():
         return
+    print(f"drawing {count:,} scenes into {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     file.parent.mkdir(exist_ok=True)
     g, images, annotations = torch.Generator().manual_seed(seed), [], []

@@ -420,6 +420,10 @@ def test_deployed_programs_agree(tmp_path, capsys):
     assert exact == same == 0 and onnx < 1e-5 < small < 0.1
     assert lines[3]["megabytes"] < 0.5 * lines[2]["megabytes"]     # weights a quarter, graph whole
     fails(deploy, "a file of an encoder", [], capsys)
+    fails(deploy, "out holds model.pt2", [file, "--out", tmp_path / "out"], capsys)
+    torch.save(dict(model=model.state_dict(), config=model.config | dict(classes=["a"] * 10)), file)
+    fails(deploy, "shapes has not the classes", [file, "--data", "shapes", "--out", "new"], capsys)
+    assert not Path("new").exists()
 
 
 def rival(method, **changes):
@@ -491,6 +495,17 @@ def test_a_rival_leaves_a_student_that_the_core_reads(method):
     finetune.main(["--init", str(out / "student.pth"), "--mode", "knn", "--out", "knn"])
 
 
+def test_rivals_refuse_what_does_not_suit_them(capsys):
+    dmae.main(["--teacher", "none", "--epochs", "0", "--out", "mae"])
+    small = ["--data", "shapes", "--image-size"]
+    for words, argv in (("not a run of simmim", ["simmim", "--resume", "mae"]),
+                        ("not of a grid of 2 x 2", ["simmim", *small, "8"]),
+                        ("not of a grid of 3 x 3", ["simmim", *small, "12"]),
+                        ("must be 2 or more", ["mocov3", "--batch-size", "1"]),
+                        ("name a method first", ["mae"])):
+        fails(rivals, words, argv, capsys)
+
+
 def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkeypatch, capsys):
     shapes = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda count, seed: shapes(count // 4, seed))
@@ -535,10 +550,10 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     found = dict(data="shapes", row="mae", command=boxes, seed=1, box_ap=30.0, mask_ap=20.0)
     assert [comparison.values_of([found], "shapes", "mae", x) for x in (
         "boxes", "masks", "boxes-200")] == [{1: 30}, {1: 20}, {}]
-    fails(comparison, "--rows dame: choose of scratch", ["--rows", "dame"], capsys)
+    fails(comparison, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
     pytest.importorskip("matplotlib")
     comparison.main(["--report", "--results", "r.jsonl"])
-    assert Image.open("comparison.png").size == (900, 360)
+    assert Image.open("comparison.png").size == (1200, 360)
     Path("bad.jsonl").write_text('{"data": 1}')
     fails(comparison, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
 
@@ -563,13 +578,14 @@ def test_the_pyramid_has_strides_of_4_to_64_and_every_patch_in_its_place(patch):
 
 def test_scenes_have_exact_boxes_and_ap_is_right_of_perfect_and_of_empty_results():
     pytest.importorskip("pycocotools")
+    from experiments import scenes
     for folder in ("a", "b"):
-        detect.write_scenes(folder, "train", 12, seed=5)
+        scenes.write_scenes(folder, "train", 12, seed=5)
     files = sorted(path.relative_to("a") for path in Path("a").rglob("*.*"))
     assert len(files) == 13 and all(Path("a", f).read_bytes() == Path("b", f).read_bytes()
                                     for f in files)
-    scenes, results = detect.open_coco("a", "train"), []
-    for image, target in scenes:
+    drawn, results = scenes.open_coco("a", "train"), []
+    for image, target in drawn:
         boxes = masks_to_boxes(target["masks"])
         assert image.shape == (3, 96, 96) and image.max() <= 1 and len(boxes) >= 1
         torch.testing.assert_close(target["boxes"].as_subclass(torch.Tensor),
@@ -577,15 +593,15 @@ def test_scenes_have_exact_boxes_and_ap_is_right_of_perfect_and_of_empty_results
         assert target["masks"].sum(dim=0).max() == 1
         for mask in target["masks"].bool():                   # one colour, but for edge and noise
             assert image[:, mask].median(dim=1)[0].sub(image[:, mask].T).abs().median() < 0.05
-    for x in scenes.coco.dataset["annotations"]:
+    for x in drawn.coco.dataset["annotations"]:
         results.append({name: x[name] for name in (
             "image_id", "category_id", "bbox", "segmentation")} | dict(score=1.0))
-    assert detect.average_precision(scenes.coco, results) == pytest.approx(
+    assert detect.average_precision(drawn.coco, results) == pytest.approx(
         dict(box_ap=100, box_ap50=100, mask_ap=100, mask_ap50=100))
-    assert set(detect.average_precision(scenes.coco, []).values()) == {0}
+    assert set(detect.average_precision(drawn.coco, []).values()) == {0}
     for x in results:                             # moved by a fifth, boxes overlap by two thirds
         x["bbox"] = [x["bbox"][0] + x["bbox"][2] / 5, *x["bbox"][1:]]
-    moved = detect.average_precision(scenes.coco, results)
+    moved = detect.average_precision(drawn.coco, results)
     assert moved["box_ap50"] == pytest.approx(100) and moved["box_ap"] == pytest.approx(40)
 
 
@@ -595,7 +611,7 @@ def test_detection_learns_scenes_and_goes_on_where_it_was_stopped(monkeypatch, c
     monkeypatch.setattr(detect, "write_scenes", lambda root, split, count, seed: write(
         root, split, count // 100, seed))
     dmae.save_student(Path("s.pth"), MAE(ViT(32, 4, 3, 16, 2, 2), 16, 1, 2))
-    argv = ["--init", "s.pth", "--epochs", "3", "--batch-size", "4", "--lr", "3e-3", "--out"]
+    argv = ["--init", "s.pth", "--epochs", "3", "--batch-size", "4", "--blr", "0.2", "--out"]
     whole = detect.main([*argv, "whole"])
     log = [json.loads(line) for line in Path("whole/log.jsonl").read_text().splitlines()]
     assert log[-1] == whole and log[-1]["loss"] < 0.95 * log[0]["loss"]
@@ -612,15 +628,16 @@ def test_detection_learns_scenes_and_goes_on_where_it_was_stopped(monkeypatch, c
     assert {n: x for n, x in again.items() if "second" not in n and n != "minutes"} == {
         n: x for n, x in whole.items() if "second" not in n and n != "minutes"}
     dmae.save_student(Path("grey.pth"), MAE(ViT(32, 4, 1, 16, 2, 2), 16, 1, 2))
-    for words, bad in (("--init is missing", []), ("sees grey", ["--init", "grey.pth"]),
-                       ("no multiple of 32", ["--init", "s.pth", "--image-size", "40"]),
+    for words, bad in (("--init is missing", []), ("for grey images", ["--init", "grey.pth"]),
+                       ("a multiple of 32", ["--init", "s.pth", "--image-size", "40"]),
                        ("as COCO has it", ["--init", "s.pth", "--data", "nowhere"]),
                        ("more than the 40", ["--init", "none", "--batch-size", "64"])):
         fails(detect, words, bad, capsys)
 
 
-def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps():
+def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps(capsys):
     pytest.importorskip("pycocotools")
+    from experiments import scenes
     square = [[8, 4, 40, 4, 40, 28, 8, 28]]
     crowd = dict(size=[48, 64], counts=[48 * 32, 48 * 32])                     # the right half
     for split in ("train", "val"):
@@ -635,15 +652,27 @@ def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps():
             annotations=[dict(id=k, image_id=i, category_id=c, segmentation=what, iscrowd=many,
                               area=768, bbox=[32, 0, 32, 48] if many else [8, 4, 32, 24])
                          for k, (i, c, what, many) in enumerate(kinds, start=1)])))
-    train, val = detect.open_coco("coco", "train"), detect.open_coco("coco", "val")
+    train, val = scenes.open_coco("coco", "train"), scenes.open_coco("coco", "val")
     assert train.ids == [1] and val.ids == [1, 7, 9]
     [(_, target)] = train
-    assert target["boxes"].tolist() == [[8, 4, 40, 28]] and target["labels"].tolist() == [90]
+    assert target["boxes"].tolist() == [[8, 4, 40, 28]] and target["labels"].tolist() == [2]
     assert target["masks"].sum() == 32 * 24
     dmae.save_student(Path("s.pth"), MAE(ViT(32, 16, 3, 16, 2, 2), 16, 1, 2))
     result = detect.main(["--init", "s.pth", "--data", "coco", "--image-size", "32", "--epochs",
                           "1", "--batch-size", "1", "--out", "run"])
     assert 0 <= result["box_ap"] <= 100 and Path("run/detection_3.png").exists()
+    file = Path("coco/annotations/instances_train2017.json")
+    good, incomplete = json.loads(file.read_text()), dict(id=8, image_id=1, category_id=3)
+    for words, bad in (
+            ("KeyError('categories')", dict(images=good["images"], annotations=[])),
+            ("annotation 1 is incomplete", good | dict(images=good["images"][1:])),
+            ("KeyError('area')", good | dict(annotations=[incomplete])),
+            ("among them gone.jpg", good | dict(
+                images=[*good["images"], dict(id=2, file_name="gone.jpg")])),
+            ("no objects", good | dict(annotations=[])), ("AssertionError", [])):
+        file.write_text(json.dumps(bad))
+        fails(detect, words, ["--init", "s.pth", "--data", "coco", "--out", "bad"], capsys)
+    assert not Path("bad").exists()
 
 
 def test_tables_of_the_texts_are_those_of_the_lines():
