@@ -190,15 +190,15 @@ def read(path):
         raise InputError(f"--results {path}: not lines of this program: name another") from error
 
 
-def run(s, data, row, seed, column, file=None):
-    """Run a cell and what it starts from, unless they are there, and append their lines. file: what
-    is wanted of it; where it is not there, it is made again."""
+def measure(s, data, row, seed, column, wanted=None):
+    """Run a cell and what it starts from, unless that is done, and append their lines. wanted: a
+    file of it; where it is not there, it is made again."""
     text = command(data, row, seed, column)
-    if any(line["command"] == text for line in read(s.results)) and Path(file or ".").exists():
+    if any(line["command"] == text for line in read(s.results)) and Path(wanted or ".").exists():
         return
     for other, at in {(row, seed), *((name, 0) for name in ALL_ROWS)}:
         if ALL_ROWS[other][1] and f" {student(data, other, at)}" in text:
-            run(s, data, other, at, "pretrain", student(data, other, at))
+            measure(s, data, other, at, "pretrain", student(data, other, at))
     out, start = Path(folder(text)), next(x for x in PROGRAMS if text.startswith(f"python {x} "))
     argv = shlex.split(text.removeprefix(f"python {start} "))
     method = argv[:argv[0] in rivals.METHODS]                            # one word, or none
@@ -311,7 +311,7 @@ def chosen(flag, text, known):
 def columns_of(data, row, seed):
     """What there is to measure of a row: of teachers and of the search once."""
     if row in SEARCH:
-        return ["held-out"][seed:]
+        return ["held-out"] if seed == 0 else []
     if row in TEACHERS:
         here = seed == 0 and (data != "shapes" or row != "teacher")
         return ["pretrain", "knn", "linear"] if here else []
@@ -343,7 +343,7 @@ def main(argv=None):
             asked = cells(s)
             Path(s.results).open("a").close()                       # fails now, not after an hour
             for cell in asked:
-                run(s, *cell)
+                measure(s, *cell)
         lines = read(s.results)
         require(lines, f"--results {s.results}: there are no lines in it yet")
         found = tables(lines)
@@ -351,8 +351,8 @@ def main(argv=None):
         print(*(f"\n{name}\n\n{table}" for name, table in found.items()), sep="", end="")
         if s.report:
             try:
-                folder = HERE / "figures" if Path(s.results) == RESULTS else Path(s.results).parent
-                figure(lines, folder / "comparison.png")
+                place = HERE / "figures" if Path(s.results) == RESULTS else Path(s.results).parent
+                figure(lines, place / "comparison.png")
             except ImportError as error:
                 raise InputError("the figure needs pip install matplotlib") from error
         return found
