@@ -58,7 +58,7 @@ METHODS = {
 DATA = {
     "fashion-mnist": dict(
         epochs=2, half=1, time=3, long=47, train=60_000, held=5_000, teacher="@teacher",
-        blr=dict(supervised="6e-3", simmim="6e-3", mocov3="6e-3", dino="6e-3", mae="1.5e-3",
+        blr=dict(supervised="6e-3", simmim="6e-3", mocov3="1.5e-3", dino="2.4e-2", mae="1.5e-3",
                  dmae="2.4e-2")),
     "shapes": dict(
         epochs=6, half=3, time=9, long=120, train=20_000, held=2_000,
