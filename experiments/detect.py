@@ -131,6 +131,9 @@ def average_precision(truth, results):
     return found
 
 
+COLOURS = "red lime blue yellow magenta cyan orange purple white black".split()      # of classes
+
+
 @torch.no_grad()
 def draw(model, data, out):
     """detection_1.png to detection_4.png: an image's truth; what is found with scores from 0.5."""
@@ -144,8 +147,9 @@ def draw(model, data, out):
             if len(x.get("labels", ())):
                 masks = F.interpolate(x["masks"][None].float(), scale_factor=size)[0] > 0
                 names = [data.classes[label - 1] for label in x["labels"].tolist()]
-                panels[-1] = draw_segmentation_masks(panels[-1], masks, alpha=0.4)
-                panels[-1] = draw_bounding_boxes(panels[-1], x["boxes"] * size, names)
+                colours = [COLOURS[label % len(COLOURS)] for label in x["labels"].tolist()]
+                panels[-1] = draw_segmentation_masks(panels[-1], masks, 0.5, colours)
+                panels[-1] = draw_bounding_boxes(panels[-1], x["boxes"] * size, names, colours)
         TF.to_pil_image(torch.cat(panels, dim=2)).save(out / f"detection_{i + 1}.png")
 
 
