@@ -237,6 +237,7 @@ def values_of(lines, data, row, column):
     key = COLUMNS[column][2] if column in COLUMNS else "minutes" if column == "pretrain" else "top1"
     found = {line["seed"]: line[key] * (100 if key == "top1" else 1) for line in lines
              if (line["data"], line["row"]) == (data, row) and key in line
+             and (line["column"] == "pretrain") == (column == "pretrain")
              and line["command"] == command(data, row, line["seed"], column)}
     return dict(sorted(found.items()))
 

@@ -537,17 +537,19 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     assert again[0]["sha256"] == lines[7]["sha256"]
     monkeypatch.setitem(comparison.ROWS, "mae", ("MAE", "mae", "--mask-ratio 0.5"))
     monkeypatch.setitem(comparison.ALL_ROWS, "mae", comparison.ROWS["mae"])
-    assert "| MAE |" not in comparison.main([*argv, "--rows", "scratch", "--columns", "pretrain"])[
+    table = comparison.main([*argv, "--rows", "scratch", "--columns", "knn"])[
         "shapes: top-1 in percent"]
+    assert "| MAE |" not in table and "| none (scratch) |" in table
     comparison.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
-    lines = first_run.read("r.jsonl")[11:]
+    lines = first_run.read("r.jsonl")[13:]
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
     assert "--blr 6e-3 --epochs 1 --train-images 160" in lines[0]["command"]
     assert lines[0]["images"] == 128
     boxes, masks = (comparison.command("shapes", "mae", 1, x) for x in ("boxes", "masks"))
     assert boxes == masks == (f"python -m experiments.detect --init "
                               f"{comparison.student('shapes', 'mae', 1)} --data scenes --seed 1")
-    found = dict(data="shapes", row="mae", command=boxes, seed=1, box_ap=30.0, mask_ap=20.0)
+    found = dict(data="shapes", row="mae", column="boxes", command=boxes, seed=1, box_ap=30.0,
+                 mask_ap=20.0)
     assert [comparison.values_of([found], "shapes", "mae", x) for x in (
         "boxes", "masks", "boxes-200")] == [{1: 30}, {1: 20}, {}]
     fails(comparison, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
