@@ -33,7 +33,8 @@ def open_coco(root, split, *transforms):
         content["categories"] = [dict(id=numbers[i], name=name) for i, name in names.items()]
         if split == "train":
             content["annotations"] = [x for x in content["annotations"] if not x["iscrowd"]]
-        data.coco.createIndex()
+        with contextlib.redirect_stdout(io.StringIO()):
+            data.coco.createIndex()
         lost = {x["file_name"] for x in data.coco.imgs.values()} - files
         require(not lost, f"{len(lost)} images are not there, among them {min(lost, default='')}")
         require(content["annotations"], "it has no objects")
