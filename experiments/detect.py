@@ -118,11 +118,11 @@ def detect(model, data, workers=0):
 
 def average_precision(truth, results):
     """{"box_ap", "box_ap50", "mask_ap", "mask_ap50"} in percent. truth: a COCO."""
-    found = {}
+    found, truth = {}, copy.deepcopy(truth)                   # COCOeval writes into its annotations
     with contextlib.redirect_stdout(io.StringIO()):
+        detections = truth.loadRes(results) if results else COCO()
         for kind, name in (("bbox", "box"), ("segm", "mask")):
-            truth = copy.deepcopy(truth)                      # COCOeval writes into its annotations
-            judge = COCOeval(truth, truth.loadRes(results) if results else COCO(), kind)
+            judge = COCOeval(truth, detections, kind)
             judge.evaluate()
             judge.accumulate()
             judge.summarize()

@@ -20,8 +20,9 @@ def open_coco(root, split, *transforms):
     crowds are dropped, and images left without objects."""
     folder, file = Path(root, f"{split}2017"), Path(root, f"annotations/instances_{split}2017.json")
     transforms = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), *transforms]
+    quiet = contextlib.redirect_stdout(io.StringIO())                  # pycocotools reports timings
     try:
-        with contextlib.redirect_stdout(io.StringIO()):                     # it reports its timings
+        with quiet:
             data = datasets.CocoDetection(str(folder), str(file), transforms=v2.Compose(transforms))
         content, files = data.coco.dataset, {path.name for path in folder.iterdir()}
         names = {x["id"]: x["name"] for x in content["categories"]}
@@ -33,7 +34,7 @@ def open_coco(root, split, *transforms):
         content["categories"] = [dict(id=numbers[i], name=name) for i, name in names.items()]
         if split == "train":
             content["annotations"] = [x for x in content["annotations"] if not x["iscrowd"]]
-        with contextlib.redirect_stdout(io.StringIO()):
+        with quiet:
             data.coco.createIndex()
         lost = {x["file_name"] for x in data.coco.imgs.values()} - files
         require(not lost, f"{len(lost)} images are not there, among them {min(lost, default='')}")
