@@ -19,6 +19,7 @@ pre-training, then a linear probe on training images that it has not seen.
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -34,15 +35,16 @@ import torch
 import dmae
 import finetune
 from data import InputError, require
-from experiments import detect, first_run, rivals
-from experiments.study import commit, difference, markdown, mean_and_deviation
+from experiments import analyze, detect, first_run, rivals
+from experiments.first_run import commit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "comparison.jsonl"
 
 PROGRAMS = {"dmae.py": dmae, "finetune.py": finetune, "-m experiments.rivals": rivals,
-            "-m experiments.detect": detect}
-MEASURED = {"top1", "box_ap", "box_ap50", "mask_ap", "mask_ap50", "minutes"}
+            "-m experiments.detect": detect, "-m experiments.analyze": analyze}
+MEASURED = {"top1", "box_ap", "box_ap50", "mask_ap", "mask_ap50", "lower_distance",
+            "higher_distance", "lower_cka", "higher_cka", "minutes"}
 
 # ================================================================================= what is compared
 
@@ -102,24 +104,38 @@ SEARCH = {f"{method}@{rate}": (f"{method}, blr {rate}", method,
 ALL_ROWS = ROWS | VARIANTS | TEACHERS | SEARCH
 
 # The tables: title, the data sets and rows they are of; columns: what they say, the program and its
-# flags, and which number of its result counts.
-FASHION, SCENES = "finetune.py --data fashion-mnist", "-m experiments.detect --data scenes"
-FEW, ALL = "finetune.py --label-fraction 0.01", "finetune.py --epochs 1"
+# flags, and which number of its result counts. {start} is the student, {tuned} the model that its
+# column `all` leaves, {rival} the supervised network of another seed.
+FEW = "finetune.py --init {start} --label-fraction 0.01"
+ALL = "finetune.py --init {start} --epochs 1"
+SCENES = "-m experiments.detect --init {start} --data scenes"
+INSIDE, TUNED = "-m experiments.analyze {start} {rival}", "-m experiments.analyze {tuned}"
 TABLES = {
     "top-1 in percent": (DATA, ROWS | VARIANTS, {
-        "knn": ("k-NN", "finetune.py --mode knn --bank 10000", "top1"),
-        "linear": ("linear", "finetune.py --mode linear", "top1"),
+        "knn": ("k-NN", "finetune.py --init {start} --mode knn --bank 10000", "top1"),
+        "linear": ("linear", "finetune.py --init {start} --mode linear", "top1"),
         "1%": ("1 % labels", FEW, "top1"),
         "all": ("all labels", ALL, "top1")}),
     "transfer to Fashion-MNIST, top-1 in percent": (["shapes"], list(ROWS)[1:], {
-        "transfer-linear": ("linear", f"{FASHION} --mode linear", "top1"),
-        "transfer-1%": ("1 % labels", f"{FASHION} --label-fraction 0.01", "top1")}),
+        "transfer-linear": (
+            "linear", "finetune.py --init {start} --data fashion-mnist --mode linear", "top1"),
+        "transfer-1%": ("1 % labels", "finetune.py --init {start} --data fashion-mnist "
+                        "--label-fraction 0.01", "top1")}),
     "lower blocks kept, the others begun anew, top-1 in percent": (
         ["fashion-mnist"], ["supervised", "mae", "dmae"], {
             "1%-keep-2": ("1 % labels, 2 blocks", f"{FEW} --keep-blocks 2", "top1"),
             "1%-keep-4": ("1 % labels, 4 blocks", f"{FEW} --keep-blocks 4", "top1"),
             "all-keep-2": ("all labels, 2 blocks", f"{ALL} --keep-blocks 2", "top1"),
             "all-keep-4": ("all labels, 4 blocks", f"{ALL} --keep-blocks 4", "top1")}),
+    "inside: attention distance in pixels, CKA with a supervised network in percent": (
+        ["fashion-mnist"], list(ROWS)[1:], {
+            "distance-1-3": ("distance, blocks 1 to 3", INSIDE, "lower_distance"),
+            "distance-4-6": ("blocks 4 to 6", INSIDE, "higher_distance"),
+            "cka-1-3": ("CKA, blocks 1 to 3", INSIDE, "lower_cka"),
+            "cka-4-6": ("blocks 4 to 6", INSIDE, "higher_cka")}),
+    "inside, fine-tuned with all labels: attention distance in pixels": (["fashion-mnist"], ROWS, {
+        "tuned-distance-1-3": ("blocks 1 to 3", TUNED, "lower_distance"),
+        "tuned-distance-4-6": ("blocks 4 to 6", TUNED, "higher_distance")}),
     "detection on scenes, AP in percent": (["shapes"], ["scratch", "mae", "dmae"], {
         "boxes-200": ("boxes, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "box_ap"),
         "masks-200": ("masks, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "mask_ap"),
@@ -144,9 +160,10 @@ def command(data, row, seed, column):
         own = " ".join(f"{name} {own[name]}" for name in own if name not in flags.split())
         text = f"{METHODS[method]} {own} {flags}".strip().format(**setting)
     else:
-        start = "none" if row == "scratch" else student(data, row, seed)
-        text = COLUMNS["linear" if column == "held-out" else column][1]
-        text = re.sub(r"finetune.py|experiments.detect", rf"\g<0> --init {start}", text)
+        text = COLUMNS["linear" if column == "held-out" else column][1].format(
+            start="none" if row == "scratch" else student(data, row, seed),
+            tuned=column.startswith("tuned") and tuned(data, row, seed),
+            rival=student(data, "supervised", (seed + 1) % 3))
     text = re.sub(r"@([\w-]+)", lambda match: student(data, match[1], 0), text)
     return f"python {text} --seed {seed}" + f" --data {data}" * ("--data" not in text)
 
@@ -158,6 +175,10 @@ def folder(text):
 
 def student(data, row, seed):
     return f"{folder(command(data, row, seed, 'pretrain'))}/student.pth"
+
+
+def tuned(data, row, seed):
+    return f"{folder(command(data, row, seed, 'all'))}/model.pth"
 
 
 # ============================================================================================= runs
@@ -180,6 +201,22 @@ def held_out(argv, count):
         return run.log[-1]
 
 
+def inside(argv):
+    """Of the first encoder that experiments.analyze looks at: attention distance in pixels, and CKA
+    of its blocks' outputs with those of a second one, in percent; lower half and higher."""
+    began, numbers = time.perf_counter(), analyze.main(argv)
+    model, *rival = numbers["models"]
+    values = dict(distance=[model["patch_size"] * statistics.mean(x) for x in model["distance"]])
+    if rival:
+        between = numbers["cka"][f"{rival[0]['name']} | {model['name']}"]
+        values["cka"] = [100 * row[i] for i, row in enumerate(between)][1:]
+    found, half = {}, len(model["distance"]) // 2
+    for name, x in values.items():
+        found |= {f"lower_{name}": statistics.mean(x[:half]),
+                  f"higher_{name}": statistics.mean(x[half:])}
+    return found | dict(minutes=(time.perf_counter() - began) / 60)
+
+
 def read(path):
     """The lines of a file of results; none if there is no file."""
     try:
@@ -198,7 +235,9 @@ def measure(s, data, row, seed, column, wanted=None):
     text = command(data, row, seed, column)
     if any(line["command"] == text for line in read(s.results)) and Path(wanted or ".").exists():
         return
-    for other, at in {(row, seed), *((name, 0) for name in ALL_ROWS)}:
+    if f" {tuned(data, row, seed)}" in text:
+        measure(s, data, row, seed, "all", tuned(data, row, seed))
+    for other, at in [(row, seed), *itertools.product(ALL_ROWS, range(3))]:
         if ALL_ROWS[other][1] and f" {student(data, other, at)}" in text:
             measure(s, data, other, at, "pretrain", student(data, other, at))
     out, start = Path(folder(text)), next(x for x in PROGRAMS if text.startswith(f"python {x} "))
@@ -208,15 +247,18 @@ def measure(s, data, row, seed, column, wanted=None):
     program = PROGRAMS[start].main
     if column == "held-out":
         program = partial(held_out, count=DATA[data]["held"])
+    if program is analyze.main:
+        program = inside
     if (out / "checkpoint.pth").exists():
         argv = [*method, "--resume", str(out)]
     else:
         shutil.rmtree(out, ignore_errors=True)                # without one there is nothing to keep
-        argv += ["--out", str(out), "--amp", s.amp]
+        argv += ["--out", str(out)] + ["--amp", s.amp] * (program is not inside)
     result = program([*argv, "--data-dir", s.data_dir])
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    settings = json.loads((out / "config.json").read_text())["settings"]
+    amp = "off" if program is inside else json.loads(
+        (out / "config.json").read_text())["settings"]["amp"]
     if column == "pretrain":                                     # the minutes of training, no k-NN
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         steps, batch = [b["step"] - a["step"] for a, b in zip(log, log[1:])], 128
         seconds = sum(n * batch / x["images_per_second"] for n, x in zip(steps, log[1:]))
         measured = dict(minutes=seconds / 60, images=sum(steps) * batch,
@@ -224,7 +266,7 @@ def measure(s, data, row, seed, column, wanted=None):
     else:
         measured = {name: result[name] for name in MEASURED & result.keys()}
     line = dict(data=data, row=row, seed=seed, column=column, **measured, commit=commit(),
-                threads=torch.get_num_threads(), amp=settings["amp"], command=text)
+                threads=torch.get_num_threads(), amp=amp, command=text)
     with open(s.results, "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -240,6 +282,35 @@ def values_of(lines, data, row, column):
              and (line["column"] == "pretrain") == (column == "pretrain")
              and line["command"] == command(data, row, line["seed"], column)}
     return dict(sorted(found.items()))
+
+
+def mean_and_deviation(values):
+    """Of {seed: value}; how many seeds, unless three."""
+    if not values:
+        return ""
+    values = list(values.values())
+    text = f"{statistics.mean(values):.1f}"
+    text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return text + f" ({len(values)})" * (len(values) != 3)
+
+
+def difference(a, b):
+    """Mean of a - b over the seeds that both have, its standard error, how many if not three. Rule
+    of the study: beyond two standard errors a difference counts, *; with three seeds chance alone
+    passes this 18 % of the time, ** 5 % (Student's t). Two seeds decide nothing."""
+    pairs = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    seeds = len(pairs)
+    if seeds < 2:
+        return ""
+    mean, error = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(seeds)
+    limit = {2: math.inf, 3: 4.30, 4: 3.18, 5: 2.78}.get(seeds, 2.58)
+    star = "**" if abs(mean) > limit * error else "*" if abs(mean) > 2 * error and seeds > 2 else ""
+    return f"{mean:+.2f} ± {error:.2f} {star}".rstrip() + f" ({seeds})" * (seeds != 3)
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def tables(lines):

@@ -6,6 +6,7 @@ each command, and prints the README's table. What is in --results already is not
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 
 from data import require, write
 from dmae import command_line
-from experiments.study import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "weights/shapes_teacher.pth"
@@ -28,6 +28,14 @@ FLAGS = {
     "results": (str(Path(__file__).with_name("results") / "first_run.jsonl"), "FILE",
                 "a line of JSON for each command"),
 }
+
+
+def commit():
+    """The commit that runs, with -dirty where files were changed since; None outside of git."""
+    if not shutil.which("git"):
+        return None
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
 
 
 def read(path):

@@ -19,12 +19,9 @@ column `held-out`, a linear probe tested on training images that are taken out o
 import argparse
 import itertools
 import json
-import math
 import re
 import shlex
-import shutil
 import statistics
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -34,6 +31,8 @@ import torch
 import dmae
 import finetune
 from data import InputError, require
+from experiments.comparison import difference, markdown, mean_and_deviation
+from experiments.first_run import commit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "study.jsonl"
@@ -230,14 +229,6 @@ def run(s, data, row, seed, column):
         file.write(json.dumps(line) + "\n")
 
 
-def commit():
-    """The commit that runs, with -dirty where files were changed since; None outside of git."""
-    if not shutil.which("git"):
-        return None
-    words = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
-
-
 # ======================================================================================== reporting
 
 
@@ -251,35 +242,6 @@ def values_of(lines, data, row, column):
     """{seed: percent} of the lines of a row and column; of `pretrain`, {seed: minutes}."""
     return {line["seed"]: 100 * line["top1"] if "top1" in line else line["minutes"]
             for line in select(lines, data, row, column)}
-
-
-def mean_and_deviation(values):
-    """Of {seed: value}; how many seeds, unless three."""
-    if not values:
-        return ""
-    values = list(values.values())
-    text = f"{statistics.mean(values):.1f}"
-    text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return text + f" ({len(values)})" * (len(values) != 3)
-
-
-def difference(a, b):
-    """Mean of a - b over the seeds that both have, its standard error, how many if not three. Rule
-    of the study: beyond two standard errors a difference counts, *; with three seeds chance alone
-    passes this 18 % of the time, ** 5 % (Student's t). Two seeds decide nothing."""
-    pairs = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    seeds = len(pairs)
-    if seeds < 2:
-        return ""
-    mean, error = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(seeds)
-    limit = {2: math.inf, 3: 4.30, 4: 3.18, 5: 2.78}.get(seeds, 2.58)
-    star = "**" if abs(mean) > limit * error else "*" if abs(mean) > 2 * error and seeds > 2 else ""
-    return f"{mean:+.2f} ± {error:.2f} {star}".rstrip() + f" ({seeds})" * (seeds != 3)
-
-
-def markdown(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def tables(lines):

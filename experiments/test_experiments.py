@@ -552,6 +552,27 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
                  mask_ap=20.0)
     assert [comparison.values_of([found], "shapes", "mae", x) for x in (
         "boxes", "masks", "boxes-200")] == [{1: 30}, {1: 20}, {}]
+    # Inside: seed 0 beside supervised seed 1; what is fine-tuned by itself.
+    columns = "distance-1-3", "cka-4-6", "tuned-distance-4-6"
+    monkeypatch.setitem(comparison.TABLES, "inside", (
+        ["shapes"], ["mae", "dmae"], {name: comparison.COLUMNS[name] for name in columns}))
+    monkeypatch.setitem(analyze.FLAGS, "batch_size", (8, (int, 4, 100), ""))
+    table = comparison.main([*argv[:-1], "0", "--rows", "mae", "--columns", ",".join(columns)])[
+        "shapes: inside"]
+    lines = first_run.read("r.jsonl")[17:]
+    assert [(x["row"], x["seed"], x["column"]) for x in lines] == [
+        ("supervised", 1, "pretrain"), ("mae", 0, "distance-1-3"), ("mae", 0, "all"),
+        ("mae", 0, "tuned-distance-4-6")]
+    pair = [comparison.student("shapes", *x) for x in (("mae", 0), ("supervised", 1))]
+    vits = [dmae.load_vit(path) for path in pair]
+    images = torch.cat([x for x, _ in analyze.open_images("shapes", "data", vits[0]).plain(
+        torch.arange(20))])
+    scores = vits[0](images, scores_of=[1, 2, 3])[1]
+    distance = 4 * np.mean([analyze.distance_and_entropy(x, (8, 8))[0].mean().item()
+                            for x in scores.values()])
+    assert f"| MAE | {distance:.1f} (1) | {lines[1]['higher_cka']:.1f} (1) | " in table
+    assert comparison.inside([pair[0], pair[0], "--out", "same"])["lower_cka"] == pytest.approx(100)
+    assert lines[1]["higher_cka"] < 99 and "higher_cka" not in lines[3]
     fails(comparison, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
     pytest.importorskip("matplotlib")
     comparison.main(["--report", "--results", "r.jsonl"])
