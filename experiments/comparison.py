@@ -340,22 +340,28 @@ def tables(lines):
 
 
 def figure(lines, path):
-    """Linear probe and 1 % of the labels by each method, beside the paper's Pets and Flowers."""
+    """Linear probe and 1 % of the labels by each method, mean and deviation, beside the paper's
+    Pets and Flowers."""
     from matplotlib.figure import Figure
-    sheet = Figure(figsize=(12, 3.6), layout="constrained")
-    axes = sheet.subplots(1, 1 + len(DATA), sharey=True)
-    for axis, data in zip(axes, [*DATA, None]):
+    sets = [data for data in DATA if any(values_of(lines, data, row, "linear") for row in PAPER)]
+    sheet = Figure(figsize=(2 + 3.3 * (1 + len(sets)), 3.6), layout="constrained")
+    axes = sheet.subplots(1, 1 + len(sets), sharey=True, squeeze=False)[0]
+    for axis, data in zip(axes, [*sets, None]):
         for i, column in enumerate(("linear", "1%")):
-            values = [list(values_of(lines, data, row, column).values()) if data
-                      else [PAPER[row][i]] for row in PAPER]
-            axis.barh([place + 0.4 * i for place in range(len(PAPER))],
-                      [statistics.mean(x) if x else math.nan for x in values], 0.4,
-                      xerr=[statistics.stdev(x) if len(x) > 1 else 0 for x in values],
-                      label=COLUMNS[column][0] if data else ("Pets", "Flowers")[i])
-        axis.set_title(data or "paper: fine-tuned ViT-Tiny")
+            values = {row: list(values_of(lines, data, row, column).values()) if data
+                      else [PAPER[row][i]] for row in PAPER}
+            points = [(place + 0.3 * i, values[row]) for place, row in enumerate(PAPER)
+                      if values[row]]
+            axis.errorbar(
+                [statistics.mean(x) for _, x in points], [place for place, _ in points],
+                xerr=[statistics.stdev(x) if len(x) > 1 else 0 for _, x in points],
+                fmt="os"[i], capsize=3,
+                label=COLUMNS[column][0] if data else ("Pets", "Flowers")[i])
+        axis.set_title(f"{data}, small ViT" if data else "paper: ViT-Tiny, fine-tuned")
         axis.set_xlabel("top-1 in percent")
-        axis.legend()
-    axes[0].set_yticks([place + 0.2 for place in range(len(PAPER))], [ROWS[x][0] for x in PAPER])
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(loc="lower left")
+    axes[0].set_yticks([place + 0.15 for place in range(len(PAPER))], [ROWS[x][0] for x in PAPER])
     axes[0].invert_yaxis()
     sheet.savefig(path, dpi=100)
 

@@ -576,7 +576,7 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     fails(comparison, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
     pytest.importorskip("matplotlib")
     comparison.main(["--report", "--results", "r.jsonl"])
-    assert Image.open("comparison.png").size == (1200, 360)
+    assert Image.open("comparison.png").size == (860, 360)
     Path("bad.jsonl").write_text('{"data": 1}')
     fails(comparison, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
 
