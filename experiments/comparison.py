@@ -334,6 +334,10 @@ def tables(lines):
         found[f"{data}: the teacher"] = ["", "k-NN", "linear", "minutes"], [
             [title, *(text(known(row, column)) for column in ("knn", "linear", "pretrain"))]
             for row, (title, _, _) in TEACHERS.items()]
+        hours = [sum(line["minutes"] for line in lines if (line["data"], part) == (
+            data, line["column"] == "pretrain")) / 60 for part in (True, False)]
+        found[f"{data}: hours of one core"] = ["", "pre-training", "measuring"], [
+            ["all lines", *(f"{x:.1f}" for x in hours)]] * any(hours)
     found = {name: (head, [row for row in rows if any(row[1:])])
              for name, (head, rows) in found.items()}
     return {name: markdown(head, rows) for name, (head, rows) in found.items() if rows}
