@@ -265,8 +265,10 @@ def measure(s, data, row, seed, column, wanted=None):
                         sha256=dmae.file_hash(out / "student.pth"))
     else:
         measured = {name: result[name] for name in MEASURED & result.keys()}
+    # Runs of one command differ between machines: each line has the hashes of the files it is from.
+    files = [dmae.file_hash(word) for word in shlex.split(text) if Path(word).is_file()]
     line = dict(data=data, row=row, seed=seed, column=column, **measured, commit=commit(),
-                threads=torch.get_num_threads(), amp=amp, command=text)
+                threads=torch.get_num_threads(), amp=amp, command=text, files_sha256=files)
     with open(s.results, "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -321,13 +323,14 @@ def tables(lines):
         for title, (_, rows, columns) in TABLES.items():
             shown = {row: [known(row, column) for column in columns] for row in rows}
             head = ["pre-training", *(column[0] for column in columns.values())]
-            found[f"{data}: {title}"] = [*head, "minutes of it"], [
-                [ALL_ROWS[row][0], *map(text, [*values, known(row, "pretrain")])]
-                for row, values in shown.items() if any(values)]
+            found[f"{data}: {title}"] = head, [
+                [ALL_ROWS[row][0], *map(text, values)] for row, values in shown.items()]
             for base in ("mae", "dmae"):
                 found[f"{data}: {title}, differences from {ROWS[base][0]}"] = head, [
                     [ALL_ROWS[row][0], *map(difference, values, shown[base])]
                     for row, values in shown.items() if row != base]
+        found[f"{data}: minutes of one core"] = ["pre-training", ""], [
+            [ALL_ROWS[row][0], text(known(row, "pretrain"))] for row in ROWS | VARIANTS]
         found[f"{data}: linear probe on held-out images, by --blr"] = ["method", *RATES], [
             [ROWS[method][0], *(text(known(f"{method}@{rate}", "held-out")) for rate in RATES)]
             for method in METHODS]

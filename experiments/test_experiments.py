@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -524,11 +525,15 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
         ("untrained", 1, "knn"), ("simmim", 1, "pretrain"), ("simmim", 1, "knn")]
     mae = [100 * x["top1"] for x in lines if (x["row"], x["column"]) == ("mae", "knn")]
     assert f"| MAE | {np.mean(mae):.1f} ± {np.std(mae, ddof=1):.1f} (2) | " in table
-    for x in lines:                              # what a line says is what has run
+    for before, x in itertools.pairwise([None, *lines]):    # what a line says is what has run
         if x["column"] == "pretrain":
             out = Path(comparison.folder(x["command"]))
             assert json.loads((out / "config.json").read_text())["settings"]["seed"] == x["seed"]
             assert dmae.file_hash(out / "student.pth") == x["sha256"]
+            own = x["row"] != "untrained"
+            assert x["files_sha256"] == ([] if own else [before["sha256"]])
+        else:
+            assert x["files_sha256"] == [before["sha256"]]
     Path(comparison.student("shapes", "simmim", 1)).unlink()
     Path(comparison.folder(lines[7]["command"]), "checkpoint.pth").unlink()
     comparison.main([*argv[:-1], "1", "--rows", "simmim", "--columns", "linear"])
@@ -705,6 +710,10 @@ def test_tables_of_the_texts_are_those_of_the_lines():
     full = (here / "STUDY.md").read_text(encoding="utf-8")
     for name, table in study.tables(lines).items():
         assert table in full, f"write this one into STUDY.md: {name}\n{table}"
+    text = (here / "COMPARISON.md").read_text(encoding="utf-8")
+    printed = comparison.tables(comparison.read(comparison.RESULTS)).values()
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert table in printed, f"COMPARISON.md has a table that --report does not print:\n{table}"
     readme = (here.parent / "README.md").read_text(encoding="utf-8")
     table = "\n".join(first_run.table(first_run.read(first_run.FLAGS["results"][0])))
     assert table in readme, f"write this one into README.md:\n{table}"
