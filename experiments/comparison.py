@@ -41,8 +41,6 @@ from experiments.first_run import commit
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "comparison.jsonl"
 
-PROGRAMS = {"dmae.py": dmae, "finetune.py": finetune, "-m experiments.rivals": rivals,
-            "-m experiments.detect": detect, "-m experiments.analyze": analyze}
 MEASURED = {"top1", "box_ap", "box_ap50", "mask_ap", "mask_ap50", "lower_distance",
             "higher_distance", "lower_cka", "higher_cka", "minutes"}
 
@@ -217,6 +215,11 @@ def inside(argv):
     return found | dict(minutes=(time.perf_counter() - began) / 60)
 
 
+PROGRAMS = {"dmae.py": dmae.main, "finetune.py": finetune.main,
+            "-m experiments.rivals": rivals.main, "-m experiments.detect": detect.main,
+            "-m experiments.analyze": inside}
+
+
 def read(path):
     """The lines of a file of results; none if there is no file."""
     try:
@@ -244,11 +247,9 @@ def measure(s, data, row, seed, column, wanted=None):
     argv = shlex.split(text.removeprefix(f"python {start} "))
     method = argv[:argv[0] in rivals.METHODS]                            # one word, or none
     print(f"--- {data}, {row}, seed {seed}, {column}: {text}", flush=True)
-    program = PROGRAMS[start].main
+    program = PROGRAMS[start]
     if column == "held-out":
         program = partial(held_out, count=DATA[data]["held"])
-    if program is analyze.main:
-        program = inside
     if (out / "checkpoint.pth").exists():
         argv = [*method, "--resume", str(out)]
     else:

@@ -507,13 +507,20 @@ def test_rivals_refuse_what_does_not_suit_them(capsys):
         fails(rivals, words, argv, capsys)
 
 
-def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkeypatch, capsys):
+@pytest.fixture
+def small_comparison(monkeypatch):
+    """The flags of a comparison of 200 training and 20 test images."""
     shapes = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda count, seed: shapes(count // 4, seed))
     setting = dict(epochs=1, half=1, train=200, held=40, teacher=Path(
         dmae.__file__).with_name("weights") / "shapes_teacher.pth")
     monkeypatch.setitem(comparison.DATA, "shapes", comparison.DATA["shapes"] | setting)
-    argv = ["--data", "shapes", "--results", "r.jsonl", "--seeds", "0,1"]
+    return ["--data", "shapes", "--results", "r.jsonl", "--seeds", "0,1"]
+
+
+def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(
+        monkeypatch, small_comparison, capsys):
+    argv = small_comparison
     asked = [*argv, "--rows", "mae", "--columns", "knn"]
     comparison.main(asked)
     table = comparison.main(asked)["shapes: top-1 in percent"]                # not run again
@@ -550,6 +557,15 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
     assert "--blr 6e-3 --epochs 1 --train-images 160" in lines[0]["command"]
     assert lines[0]["images"] == 128
+    fails(comparison, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
+    pytest.importorskip("matplotlib")
+    comparison.main(["--report", "--results", "r.jsonl"])
+    assert Image.open("comparison.png").size == (860, 360)
+    Path("bad.jsonl").write_text('{"data": 1}')
+    fails(comparison, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
+
+
+def test_two_columns_of_the_comparison_may_be_of_one_command():
     boxes, masks = (comparison.command("shapes", "mae", 1, x) for x in ("boxes", "masks"))
     assert boxes == masks == (f"python -m experiments.detect --init "
                               f"{comparison.student('shapes', 'mae', 1)} --data scenes --seed 1")
@@ -557,17 +573,20 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
                  mask_ap=20.0)
     assert [comparison.values_of([found], "shapes", "mae", x) for x in (
         "boxes", "masks", "boxes-200")] == [{1: 30}, {1: 20}, {}]
-    # Inside: seed 0 beside supervised seed 1; what is fine-tuned by itself.
-    columns = "distance-1-3", "cka-4-6", "tuned-distance-4-6"
+
+
+def test_the_comparison_looks_inside(monkeypatch, small_comparison):
+    """Seed 0 beside supervised seed 1; what is fine-tuned by itself."""
+    argv, columns = small_comparison, ("distance-1-3", "cka-4-6", "tuned-distance-4-6")
     monkeypatch.setitem(comparison.TABLES, "inside", (
         ["shapes"], ["mae", "dmae"], {name: comparison.COLUMNS[name] for name in columns}))
     monkeypatch.setitem(analyze.FLAGS, "batch_size", (8, (int, 4, 100), ""))
     table = comparison.main([*argv[:-1], "0", "--rows", "mae", "--columns", ",".join(columns)])[
         "shapes: inside"]
-    lines = first_run.read("r.jsonl")[17:]
-    assert [(x["row"], x["seed"], x["column"]) for x in lines] == [
-        ("supervised", 1, "pretrain"), ("mae", 0, "distance-1-3"), ("mae", 0, "all"),
-        ("mae", 0, "tuned-distance-4-6")]
+    student, *lines = first_run.read("r.jsonl")
+    assert [(x["row"], x["seed"], x["column"]) for x in (student, *lines)] == [
+        ("mae", 0, "pretrain"), ("supervised", 1, "pretrain"), ("mae", 0, "distance-1-3"),
+        ("mae", 0, "all"), ("mae", 0, "tuned-distance-4-6")]
     pair = [comparison.student("shapes", *x) for x in (("mae", 0), ("supervised", 1))]
     vits = [dmae.load_vit(path) for path in pair]
     images = torch.cat([x for x, _ in analyze.open_images("shapes", "data", vits[0]).plain(
@@ -578,12 +597,6 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(monkey
     assert f"| MAE | {distance:.1f} (1) | {lines[1]['higher_cka']:.1f} (1) | " in table
     assert comparison.inside([pair[0], pair[0], "--out", "same"])["lower_cka"] == pytest.approx(100)
     assert lines[1]["higher_cka"] < 99 and "higher_cka" not in lines[3]
-    fails(comparison, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
-    pytest.importorskip("matplotlib")
-    comparison.main(["--report", "--results", "r.jsonl"])
-    assert Image.open("comparison.png").size == (860, 360)
-    Path("bad.jsonl").write_text('{"data": 1}')
-    fails(comparison, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
 
 
 @pytest.mark.parametrize("patch", [4, 8, 16])
