@@ -435,9 +435,9 @@ def main(argv=None):
             asked = cells(s)
             for data, row, seed, _ in asked:
                 text = command(data, row, seed, "pretrain") if ALL_ROWS[row][1] else ""
-                for file in re.findall(r"weights/\S+", text):
-                    require(Path(file).exists(), f"{file} is not there, of --rows {row}: put it "
-                            "there or name other rows")
+                for word in shlex.split(text):
+                    require("weights/" not in word or Path(word).exists(),
+                            f"{word} is not there, of --rows {row}: put it there or name other rows")
             Path(s.results).open("a").close()                       # fails now, not after an hour
             for cell in asked:
                 measure(s, *cell)

@@ -558,6 +558,7 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(
     assert "--blr 6e-3 --epochs 1 --train-images 160" in lines[0]["command"]
     assert lines[0]["images"] == 128
     fails(comparison, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
+    fails(comparison, "dinov2.safetensors is not there", ["--rows", "mae,from-dinov2"], capsys)
     pytest.importorskip("matplotlib")
     comparison.main(["--report", "--results", "r.jsonl"])
     assert Image.open("comparison.png").size == (860, 360)
