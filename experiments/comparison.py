@@ -437,7 +437,7 @@ def main(argv=None):
                 text = command(data, row, seed, "pretrain") if ALL_ROWS[row][1] else ""
                 for word in shlex.split(text):
                     require("weights/" not in word or Path(word).exists(),
-                            f"{word} is not there, of --rows {row}: put it there or name other rows")
+                            f"{word} is not there, of --rows {row}: put it there or name others")
             Path(s.results).open("a").close()                       # fails now, not after an hour
             for cell in asked:
                 measure(s, *cell)
