@@ -1,26 +1,30 @@
-"""Does distillation help? The paper's question at small scale, with error bars.
+"""Which pre-training suits a small ViT? The paper's comparison at small scale, with error bars.
 
-    python -m experiments.study --results mine.jsonl      # MAE, D-MAE and the control, three seeds
-    python -m experiments.study --results mine.jsonl --data shapes --rows all --columns 1%,held-out
-    python -m experiments.study --report                  # tables and figures of our lines
+    python -m experiments.study                               # everything, the first table first
+    python -m experiments.study --rows mae,dmae --columns knn,linear,1% --seeds 0,1,2
+    python -m experiments.study --report                      # tables and the figure of our lines
 
-A cell of the study is one run of dmae.py or finetune.py: a data set, a way to pre-train (row), a
-seed, and what is measured (column; `pretrain` is the pre-training itself). Each finished cell adds
-a line to --results and is not run again. Runs lie under --runs: stop whenever you like, the same
-command goes on. Tables and figures come from the lines alone. Several of these may run side by side
-if their cells differ: of other data sets, or of other seeds once the teachers are there.
+A cell is one command: a data set, a way to pre-train (row), a seed, and what is measured (column;
+`pretrain` is the pre-training itself). It runs once: it adds a line to --results, and is known by
+its command, in which the folder of each run it starts from is a hash of that run's command. So a
+row whose flags were changed is measured anew, and nothing else is. Stop whenever you like: the same
+command goes on. Several may run side by side if no two need the same run: teachers, and seed 0 of
+`supervised` and `dino`, which are teachers, too, come first.
 
-Runs of the same seed had the same labels and the same order of images, so differences are taken
-pair by pair. What settings were chosen by is never the test set: the learning rate comes from the
-column `held-out`, a linear probe tested on training images that are taken out of its training
-(pre-training has seen them, without labels). Alpha is the paper's in the main rows.
+All students have the same network and see 120,000 images of the set, but for those of the rows
+that are given time. Seeds of different rows share their order of images and their labels, so
+differences are taken seed by seed. Learning rates are chosen by `held-out`: half as long a
+pre-training, then a linear probe on training images that it has not seen.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
+import math
 import re
 import shlex
+import shutil
 import statistics
 import time
 from functools import partial
@@ -31,106 +35,159 @@ import torch
 import dmae
 import finetune
 from data import InputError, require
-from experiments.comparison import difference, markdown, mean_and_deviation
+from experiments import analyze, detect, first_run, rivals
 from experiments.first_run import commit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "study.jsonl"
 
-# ======================================================================================= the study
+MEASURED = {"top1", "box_ap", "box_ap50", "mask_ap", "mask_ap50", "lower_distance",
+            "higher_distance", "lower_cka", "higher_cka", "minutes"}
 
-# For each data set: the flags of its teacher and of every student, epochs of fine-tuning with 1 %,
-# 10 % and all of the labels, of plain MAE in the time that D-MAE and its teacher took (`long`; so
-# many have `dmae-long` and `better-long`, too), and of the better teacher.
+# ================================================================================= what is compared
+
+# How each method is started. Below, @NAME is the student.pth of row NAME, of seed 0, {…} from DATA.
+METHODS = {
+    "supervised": "-m experiments.rivals supervised", "simmim": "-m experiments.rivals simmim",
+    "mocov3": "-m experiments.rivals mocov3", "dino": "-m experiments.rivals dino",
+    "mae": "dmae.py --teacher none", "dmae": "dmae.py",
+}
+# Of each data set: epochs of 120,000 images; of the search; of MAE for the time of D-MAE, and for
+# that of D-MAE and its teacher; images, and how many of them are held out; teacher; each method's
+# learning rate.
 DATA = {
     "fashion-mnist": dict(
-        teacher="--student mini --epochs 8", student="--student slim --epochs 3 --blr 6e-3",
-        tuning=(60, 8, 1), long=21, better=24),
+        epochs=2, half=1, time=3, long=47, train=60_000, held=5_000, teacher="@teacher",
+        blr=dict(supervised="6e-3", simmim="6e-3", mocov3="1.5e-3", dino="2.4e-2", mae="1.5e-3",
+                 dmae="2.4e-2")),
     "shapes": dict(
-        teacher="--student mini --epochs 24 --batch-size 128 --blr 3e-3",
-        student="--student slim --epochs 9 --batch-size 128 --blr 6e-3", tuning=(200, 20, 3),
-        long=73, better=72),
+        epochs=6, half=3, time=9, long=120, train=20_000, held=2_000,
+        teacher="weights/shapes_teacher.pth",
+        blr=dict(supervised="6e-3", simmim="6e-3", mocov3="6e-3", dino="6e-3", mae="2.4e-2",
+                 dmae="2.4e-2")),
 }
-
-# The rows of the tables: a name, what the table says, and the flags of dmae.py.
-TEACHER, BETTER, UNTRAINED = (f"--teacher {{runs}}/{name}/0/pretrain/student.pth" for name in (
-    "teacher", "better-teacher", "untrained-teacher"))
+# The rows: what the table says, the method, flags that come before those from DATA.
 ROWS = {
-    "scratch": ("none (scratch)", None),
-    "mae": ("MAE", "--teacher none"),
-    "mae-long": ("MAE, as long as D-MAE and its teacher", "--teacher none --epochs {long}"),
-    "dmae": ("D-MAE, last block", TEACHER),
-    "dmae-long": ("D-MAE, as many epochs as the long MAE", TEACHER + " --epochs {long}"),
-    "better": ("D-MAE, better teacher (trained three times as long)", BETTER),
-    "better-long": ("D-MAE, better teacher, as many epochs as the long MAE",
-                    BETTER + " --epochs {long}"),
-    "untrained": ("D-MAE, untrained teacher", UNTRAINED),
-    "untrained-45": ("D-MAE, untrained teacher (alpha 45)", UNTRAINED + " --alpha 45"),
-    "lower": ("D-MAE, block 3", TEACHER + " --layers 3:3"),
-    "every": ("D-MAE, all blocks", TEACHER + " --layers 1:1,2:2,3:3,4:4,5:5,6:6"),
-    "probs": ("D-MAE, after the softmax (alpha 100)", TEACHER + " --match probs --alpha 100"),
-    "hidden": ("D-MAE, hidden states", TEACHER + " --match hidden"),
-    "d2": ("D²-MAE", TEACHER + " --decoupled"),
+    "scratch": ("none (scratch)", None, ""),
+    "supervised": ("supervised", "supervised", ""),
+    "simmim": ("SimMIM", "simmim", ""),
+    "mocov3": ("MoCo-v3", "mocov3", ""),
+    "dino": ("DINO", "dino", ""),
+    "mae": ("MAE", "mae", ""),
+    "mae-time": ("MAE, for the time of D-MAE", "mae", "--epochs {time}"),
+    "mae-long": ("MAE, for that of D-MAE and its teacher", "mae", "--epochs {long}"),
+    "dmae": ("D-MAE", "dmae", ""),
+    "untrained": ("D-MAE, untrained teacher", "dmae", "--teacher @untrained-teacher"),
 }
-# What `mae` and `dmae` were tried with. (The last two, and D-MAE at 1.5e-3, after the choice.) The
-# other rows take D-MAE's, untuned; 45 makes the untrained teacher's loss as large as the trained's.
-SETTINGS = {
-    "blr-1.5e-3": ("blr 1.5e-3", "--blr 1.5e-3"),
-    "blr-3e-3": ("blr 3e-3", "--blr 3e-3"),
-    "blr-3e-3-alpha-0.3": ("blr 3e-3, alpha 0.3", "--blr 3e-3 --alpha 0.3"),
-    "blr-3e-3-alpha-3": ("blr 3e-3, alpha 3", "--blr 3e-3 --alpha 3"),
-    "taken": ("blr 6e-3, alpha 1 (taken)", ""),
-    "blr-1.2e-2": ("blr 1.2e-2", "--blr 1.2e-2"),
-    "warmup-1": ("blr 6e-3, one epoch of warm-up", "--warmup-epochs 1"),
+# On Fashion-MNIST alone: what is distilled, and from whom. `read_weights` says where DINOv2's is.
+VARIANTS = {
+    "lower": ("D-MAE, block 3", "dmae", "--layers 3:3"),
+    "probs": ("D-MAE, after the softmax (alpha 100)", "dmae", "--match probs --alpha 100"),
+    "hidden": ("D-MAE, hidden states", "dmae", "--match hidden"),
+    "d2": ("D²-MAE", "dmae", "--decoupled"),
+    "no-mixer": ("D-MAE, without M", "dmae", "--no-mixer"),
+    "from-supervised": ("D-MAE, supervised teacher", "dmae", "--teacher @supervised"),
+    "from-dino": ("D-MAE, DINO teacher", "dmae", "--teacher @dino"),
+    "from-dinov2": ("D-MAE, DINOv2 teacher", "dmae", "--teacher weights/dinov2.safetensors"),
 }
-GRID = {f"{model}-{name}": (f"{ROWS[model][0]}, {title}", f"{ROWS[model][1]} {flags}")
-        for model in ("mae", "dmae") for name, (title, flags) in SETTINGS.items()
-        if flags and not (model == "mae" and "--alpha" in flags)}
-# What others need, without a place in the main table.
 TEACHERS = {
-    "teacher": ("teacher", "--teacher none"),
-    "better-teacher": ("better teacher", "--teacher none --epochs {better}"),
-    "untrained-teacher": ("untrained", "--teacher none --epochs 0"),
+    "teacher": ("teacher", "mae", "--student mini --epochs 24 --blr 3e-3"),
+    "untrained-teacher": ("untrained teacher", "mae", "--student mini --epochs 0"),
 }
-ALL_ROWS = ROWS | GRID | TEACHERS
-# The rows whose curves are drawn, and what of the log.
-DRAWN = ("mae", "mae-long", "dmae", "dmae-long", "better", "better-long", "untrained")
-CURVES = dict(mae=("MAE loss", 1), attn=("distillation loss", 1), knn=("k-NN top-1, %", 100))
+# The same small search for every method, and one more for DINOv2, whose scores are ten times as
+# large as an MAE's: flag, the values to choose from by `held-out`, seed 0, and which rows choose.
+SEARCHES = [("--blr", ("1.5e-3", "6e-3", "2.4e-2"), METHODS),
+            ("--alpha", ("0.01", "0.1", "1"), ["from-dinov2"])]
+SEARCH = {f"{row}@{value}": (f"{title}, {flag[2:]} {value}", method, f"{flags} {flag} {value} "
+                             "--epochs {half} --train-images {unseen}".strip())
+          for flag, values, rows in SEARCHES for row in rows for value in values
+          for title, method, flags in [(ROWS | VARIANTS)[row]]}
+ALL_ROWS = ROWS | VARIANTS | TEACHERS | SEARCH
 
-# The columns: flags of finetune.py.
-COLUMNS = {
-    "knn": ("k-NN", "--mode knn --bank 10000"),
-    "linear": ("linear", "--mode linear"),
-    "1%": ("1 % labels", "--label-fraction 0.01 --epochs {0}"),
-    "10%": ("10 % labels", "--label-fraction 0.1 --epochs {1}"),
-    "100%": ("all labels", "--epochs {2}"),
+# The tables: title, the data sets and rows they are of; columns: what they say, the program and its
+# flags, and which number of its result counts. {start} is the student, {tuned} the model that its
+# column `all` leaves, {rival} the supervised network of another seed.
+FEW = "finetune.py --init {start} --label-fraction 0.01"
+ALL = "finetune.py --init {start} --epochs 1"
+SCENES = "-m experiments.detect --init {start} --data scenes"
+INSIDE, TUNED = "-m experiments.analyze {start} {rival}", "-m experiments.analyze {tuned}"
+TABLES = {
+    "top-1 in percent": (DATA, ROWS | VARIANTS, {
+        "knn": ("k-NN", "finetune.py --init {start} --mode knn --bank 10000", "top1"),
+        "linear": ("linear", "finetune.py --init {start} --mode linear", "top1"),
+        "1%": ("1 % labels", FEW, "top1"),
+        "all": ("all labels", ALL, "top1")}),
+    "transfer to Fashion-MNIST, top-1 in percent": (["shapes"], list(ROWS)[1:], {
+        "transfer-linear": (
+            "linear", "finetune.py --init {start} --data fashion-mnist --mode linear", "top1"),
+        "transfer-1%": ("1 % labels", "finetune.py --init {start} --data fashion-mnist "
+                        "--label-fraction 0.01", "top1")}),
+    "lower blocks kept, the others begun anew, top-1 in percent": (
+        ["fashion-mnist"], ["supervised", "mae", "dmae"], {
+            "1%-keep-2": ("1 % labels, 2 blocks", f"{FEW} --keep-blocks 2", "top1"),
+            "1%-keep-4": ("1 % labels, 4 blocks", f"{FEW} --keep-blocks 4", "top1"),
+            "all-keep-2": ("all labels, 2 blocks", f"{ALL} --keep-blocks 2", "top1"),
+            "all-keep-4": ("all labels, 4 blocks", f"{ALL} --keep-blocks 4", "top1")}),
+    "inside: attention distance in pixels, CKA with a supervised network in percent": (
+        ["fashion-mnist"], list(ROWS)[1:], {
+            "distance-1-3": ("distance, blocks 1 to 3", INSIDE, "lower_distance"),
+            "distance-4-6": ("blocks 4 to 6", INSIDE, "higher_distance"),
+            "cka-1-3": ("CKA, blocks 1 to 3", INSIDE, "lower_cka"),
+            "cka-4-6": ("blocks 4 to 6", INSIDE, "higher_cka")}),
+    "inside, fine-tuned with all labels: attention distance in pixels": (["fashion-mnist"], ROWS, {
+        "tuned-distance-1-3": ("blocks 1 to 3", TUNED, "lower_distance"),
+        "tuned-distance-4-6": ("blocks 4 to 6", TUNED, "higher_distance")}),
+    "detection on scenes, AP in percent": (["shapes"], ["scratch", "mae", "dmae"], {
+        "boxes-200": ("boxes, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "box_ap"),
+        "masks-200": ("masks, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "mask_ap"),
+        "boxes": ("boxes, all scenes", SCENES, "box_ap"),
+        "masks": ("masks, all scenes", SCENES, "mask_ap")}),
 }
-HELD_OUT = {"held-out": ("linear, held out", "--mode linear")}        # by `held_out`, below
-# The first K blocks kept, the others begun anew; K = 6 is the column `1%` or `10%` itself.
-KEEP = {f"keep{k}-{share}": (f"{k} blocks kept, {share}", f"{COLUMNS[share][1]} --keep-blocks {k}")
-        for share in ("1%", "10%") for k in (2, 4)}
-ALL_COLUMNS = COLUMNS | HELD_OUT | KEEP
+COLUMNS = {name: column for _, _, columns in TABLES.values() for name, column in columns.items()}
+FIRST = ("knn", "linear", "1%")
+
+# The paper's results with ViT-Tiny: fine-tuned on Pets and on Flowers.
+PAPER = {"scratch": (26.1, 30.2), "supervised": (93.1, 96.4), "simmim": (68.9, 77.2),
+         "mocov3": (87.8, 94.8), "dino": (89.3, 95.6), "mae": (76.5, 85.8), "dmae": (89.1, 95.2)}
 
 
-def command(s, data, row, seed, column):
-    """The program, dmae or finetune, and the command line of a cell, without its --out."""
-    setting, runs = DATA[data], shlex.quote(f"{s.runs}/{data}")
-    common = f" --data {data} --data-dir {shlex.quote(s.data_dir)} --seed {seed}"
+def command(data, row, seed, column):
+    """What a cell runs, without its folder and where data lie: this text is what it is known by."""
+    title, method, flags = ALL_ROWS[row]
+    setting = DATA[data] | dict(unseen=DATA[data]["train"] - DATA[data]["held"])
     if column == "pretrain":
-        own = setting["teacher" if row in TEACHERS else "student"].split()
-        new = shlex.split(ALL_ROWS[row][1].format(runs=runs, **setting))
-        for flag, value in zip(own[::2], own[1::2], strict=True):     # a row's own flags come first
-            new += [] if flag in new else [flag, value]
-        return dmae, new + shlex.split(common)
-    start = (f"--init {runs}/{row}/{seed}/pretrain/student.pth" if row != "scratch" else
-             "--init none --model slim")
-    return finetune, shlex.split(
-        start + " " + ALL_COLUMNS[column][1].format(*setting["tuning"]) + common)
+        own = {"--epochs": setting["epochs"], "--batch-size": 128, "--blr": setting["blr"][method]}
+        own |= {"--teacher": setting["teacher"]} if method == "dmae" else {}
+        own = " ".join(f"{name} {own[name]}" for name in own if name not in flags.split())
+        text = f"{METHODS[method]} {own} {flags}".strip().format(**setting)
+    else:
+        text = COLUMNS["linear" if column == "held-out" else column][1].format(
+            start="none" if row == "scratch" else student(data, row, seed),
+            tuned=column.startswith("tuned") and tuned(data, row, seed),
+            rival=student(data, "supervised", (seed + 1) % 3))
+    text = re.sub(r"@([\w-]+)", lambda match: student(data, match[1], 0), text)
+    return f"python {text} --seed {seed}" + f" --data {data}" * ("--data" not in text)
 
 
-def held_out(argv, count=5000):
-    """What finetune.py does for --mode linear, but tested on `count` of the training images, which
-    are taken out of training: the same ones for every seed. Returns its result."""
+def folder(text):
+    """Where the run of a command lies."""
+    return f"runs/comparison/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def student(data, row, seed):
+    return f"{folder(command(data, row, seed, 'pretrain'))}/student.pth"
+
+
+def tuned(data, row, seed):
+    return f"{folder(command(data, row, seed, 'all'))}/model.pth"
+
+
+# ============================================================================================= runs
+
+
+def held_out(argv, count):
+    """What finetune.py does for --mode linear, but on training images alone: tested on the last
+    `count` in the order in which --train-images takes them."""
     began = time.perf_counter()
     with dmae.command_line("finetune.py", finetune.FLAGS, argv) as given:
         s = dmae.settings_of(given, finetune.FLAGS, "init", finetune.defaults_for)
@@ -138,93 +195,84 @@ def held_out(argv, count=5000):
         features = partial(dmae.pooled_features, vit.to(run.device))
         x, y = dmae.features_of(run, train, torch.arange(len(train)), features)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-        test, rest = order[:count].sort().values, order[count:].sort().values
+        rest, test = order[:-count], order[-count:]
+        s.batch_size = min(s.batch_size, len(rest))
         line = finetune.linear_probe(s, (x[rest], y[rest]), (x[test], y[test]))
         run.record(line | dict(minutes=(time.perf_counter() - began) / 60))
-        return dict(train_images=len(rest), **run.log[-1])
+        return run.log[-1]
 
 
-def read(path=RESULTS):
+def inside(argv):
+    """Of the first encoder that experiments.analyze looks at: attention distance in pixels, and CKA
+    of its blocks' outputs with those of a second one, in percent; lower half and higher."""
+    began, numbers = time.perf_counter(), analyze.main(argv)
+    model, *rival = numbers["models"]
+    values = dict(distance=[model["patch_size"] * statistics.mean(x) for x in model["distance"]])
+    if rival:
+        between = numbers["cka"][f"{rival[0]['name']} | {model['name']}"]
+        values["cka"] = [100 * row[i] for i, row in enumerate(between)][1:]
+    found, half = {}, len(model["distance"]) // 2
+    for name, x in values.items():
+        found |= {f"lower_{name}": statistics.mean(x[:half]),
+                  f"higher_{name}": statistics.mean(x[half:])}
+    return found | dict(minutes=(time.perf_counter() - began) / 60)
+
+
+PROGRAMS = {"dmae.py": dmae.main, "finetune.py": finetune.main,
+            "-m experiments.rivals": rivals.main, "-m experiments.detect": detect.main,
+            "-m experiments.analyze": inside}
+
+
+def read(path):
     """The lines of a file of results; none if there is no file."""
-    lines, whole = [], Path(path).read_text() if Path(path).exists() else ""
-    for number, text in enumerate(whole.splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            float(line["minutes"]), line["data"], line["row"], line["seed"], line["command"]
-            float(line["images"] if line["column"] == "pretrain" else line["top1"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"--results {path}: line {number} is not one that this program "
-                             "writes; remove it, and its cell will be run again") from error
-        lines.append(line)
-    return lines
+    try:
+        lines = first_run.read(path)
+        for line in lines:
+            line["data"], line["row"], line["seed"], line["column"], line["command"]
+            float(line["minutes"])
+        return lines
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"--results {path}: not lines of this program: name another") from error
 
 
-def line_of(s, data, row, seed, column):
-    """The line of a cell, or None. Raises InputError if it was measured with other settings."""
-    found = select(read(s.results), data, row, column)
-    line = next((line for line in found if line["seed"] == seed), None)
-    if line:
-        before = list(itertools.pairwise(shlex.split(line["command"])))
-        other = [f"{flag} {value}" for flag, value in itertools.pairwise(
-            command(s, data, row, seed, column)[1]) if (flag, value) not in before
-            and flag.startswith("--") and flag not in ("--teacher", "--init", "--data-dir")]
-        require(not other, f"--results {s.results}: {data}, {row}, seed {seed}, {column} was not "
-                f"measured with {', '.join(other)}: name another file")
-    return line
-
-
-def begin_or_resume(program, argv, out):
-    """The command line of a run that begins in `out`, or goes on there. What is left of one without
-    a checkpoint is removed."""
-    held = [out / name for name in ("config.json", "checkpoint.pth")]
-    if not all(path.exists() for path in held):
-        for path in held:
-            path.unlink(missing_ok=True)
-        return [*argv, "--out", str(out)]
-    with dmae.command_line("experiments.study", program.FLAGS, argv) as given:
-        begun = json.loads(held[0].read_text())["settings"]
-        same = all(begun[x] == given[x] for x in given.keys() - {"teacher", "init", "data_dir"})
-        require(same, f"{out} holds a run with other settings: remove it, or name another --runs")
-        return ["--resume", str(out), "--data-dir", given["data_dir"]]
-
-
-def run(s, data, row, seed, column):
-    """Run or resume a cell, and what it starts from, and append its line, unless it is there."""
-    cell = data, row, seed, column
-    if line_of(s, *cell):
+def measure(s, data, row, seed, column, wanted=None):
+    """Run a cell and what it starts from, unless that is done, and append their lines. wanted: a
+    file of it; where it is not there, it is made again."""
+    text = command(data, row, seed, column)
+    if any(line["command"] == text for line in read(s.results)) and Path(wanted or ".").exists():
         return
-    program, argv = command(s, *cell)
-    line = dict(data=data, row=row, seed=seed, column=column, commit=commit(),
-                command=shlex.join(["python", f"{program.__name__}.py", *argv]),
-                date=time.strftime("%Y-%m-%d"), torch=torch.__version__,
-                threads=torch.get_num_threads())
-    for path in (Path(word) for word in argv if word.endswith("/pretrain/student.pth")):
-        needed = data, path.parts[-4], int(path.parts[-3]), "pretrain"
-        run(s, *needed)
-        sha256 = line_of(s, *needed)["student_sha256"]
-        require(path.exists() and dmae.file_hash(path) == sha256, f"{path} is not there, or not "
-                f"that of {s.results}: name the --runs where it lies, or remove its line to train "
-                "it again, or name another --results to run it all anew")
-        line |= dict(student_sha256=sha256)
-    out = Path(s.runs, *map(str, cell))
-    print(f"--- {data}, {row}, seed {seed}, {column}: {out}", flush=True)
-    start = held_out if column in HELD_OUT else program.main
-    result = start(begin_or_resume(program, argv, out))
-    if column == "pretrain":
-        log = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
-        batch = json.loads((out / "config.json").read_text())["settings"]["batch_size"]
-        images = [(b["step"] - a["step"]) * batch for a, b in itertools.pairwise(log)]
-        keys = ("epoch", "loss", "mae", *dmae.MATCHES, "knn")
-        # The minutes are those of training alone; of the other columns, from start to end.
-        line |= dict(
-            curve=[{"attn" if key in dmae.MATCHES else key: x[key] for key in keys if key in x}
-                   for x in log],
-            knn_pixels=log[0]["knn_pixels"], images=sum(images),
-            minutes=sum(n / x["images_per_second"] / 60
-                        for n, x in zip(images, log[1:], strict=True)),
-            student_sha256=dmae.file_hash(out / "student.pth"))
+    if f" {tuned(data, row, seed)}" in text:
+        measure(s, data, row, seed, "all", tuned(data, row, seed))
+    for other, at in [(row, seed), *itertools.product(ALL_ROWS, range(3))]:
+        if ALL_ROWS[other][1] and f" {student(data, other, at)}" in text:
+            measure(s, data, other, at, "pretrain", student(data, other, at))
+    out, start = Path(folder(text)), next(x for x in PROGRAMS if text.startswith(f"python {x} "))
+    argv = shlex.split(text.removeprefix(f"python {start} "))
+    method = argv[:argv[0] in rivals.METHODS]                            # one word, or none
+    print(f"--- {data}, {row}, seed {seed}, {column}: {text}", flush=True)
+    program = PROGRAMS[start]
+    if column == "held-out":
+        program = partial(held_out, count=DATA[data]["held"])
+    if (out / "checkpoint.pth").exists():
+        argv = [*method, "--resume", str(out)]
     else:
-        line |= {key: result[key] for key in ("top1", "train_images", "minutes")}
+        shutil.rmtree(out, ignore_errors=True)                # without one there is nothing to keep
+        argv += ["--out", str(out)] + ["--amp", s.amp] * (program is not inside)
+    result = program([*argv, "--data-dir", s.data_dir])
+    amp = "off" if program is inside else json.loads(
+        (out / "config.json").read_text())["settings"]["amp"]
+    if column == "pretrain":                                     # the minutes of training, no k-NN
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        steps, batch = [b["step"] - a["step"] for a, b in zip(log, log[1:])], 128
+        seconds = sum(n * batch / x["images_per_second"] for n, x in zip(steps, log[1:]))
+        measured = dict(minutes=seconds / 60, images=sum(steps) * batch,
+                        sha256=dmae.file_hash(out / "student.pth"))
+    else:
+        measured = {name: result[name] for name in MEASURED & result.keys()}
+    # Runs of one command differ between machines: each line has the hashes of the files it is from.
+    files = [dmae.file_hash(word) for word in shlex.split(text) if Path(word).is_file()]
+    line = dict(data=data, row=row, seed=seed, column=column, **measured, commit=commit(),
+                threads=torch.get_num_threads(), amp=amp, command=text, files_sha256=files)
     with open(s.results, "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -232,138 +280,151 @@ def run(s, data, row, seed, column):
 # ======================================================================================== reporting
 
 
-def select(lines, data, row, column, again=False):
-    """The lines of a row and column; again: those of students that were trained a second time."""
-    return [line for line in lines if (line["data"], line["row"], line["column"],
-                                       "again" in line) == (data, row, column, again)]
-
-
 def values_of(lines, data, row, column):
-    """{seed: percent} of the lines of a row and column; of `pretrain`, {seed: minutes}."""
-    return {line["seed"]: 100 * line["top1"] if "top1" in line else line["minutes"]
-            for line in select(lines, data, row, column)}
+    """{seed: percent} of a row and column, of `pretrain` {seed: minutes}, by today's flags."""
+    key = COLUMNS[column][2] if column in COLUMNS else "minutes" if column == "pretrain" else "top1"
+    found = {line["seed"]: line[key] * (100 if key == "top1" else 1) for line in lines
+             if (line["data"], line["row"]) == (data, row) and key in line
+             and (line["column"] == "pretrain") == (column == "pretrain")
+             and line["command"] == command(data, row, line["seed"], column)}
+    return dict(sorted(found.items()))
+
+
+def mean_and_deviation(values):
+    """Of {seed: value}; how many seeds, unless three."""
+    if not values:
+        return ""
+    values = list(values.values())
+    text = f"{statistics.mean(values):.1f}"
+    text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return text + f" ({len(values)})" * (len(values) != 3)
+
+
+def difference(a, b):
+    """Mean of a - b over the seeds that both have, its standard error, how many if not three. Rule
+    of the study: beyond two standard errors a difference counts, *; with three seeds chance alone
+    passes this 18 % of the time, ** 5 % (Student's t). Two seeds decide nothing."""
+    pairs = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    seeds = len(pairs)
+    if seeds < 2:
+        return ""
+    mean, error = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(seeds)
+    limit = {2: math.inf, 3: 4.30, 4: 3.18, 5: 2.78}.get(seeds, 2.58)
+    star = "**" if abs(mean) > limit * error else "*" if abs(mean) > 2 * error and seeds > 2 else ""
+    return f"{mean:+.2f} ± {error:.2f} {star}".rstrip() + f" ({seeds})" * (seeds != 3)
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def tables(lines):
-    """{name: a table in Markdown} of all that `lines` have to say."""
-    return {f"{data}: {name}": markdown(head, rows)
-            for data in DATA for name, head, rows in tables_of(lines, data) if rows}
-
-
-def tables_of(lines, data):
-    """Yields (name, head, rows) of each table of a data set; no rows where there are no lines."""
-    known, text = partial(values_of, lines, data), mean_and_deviation
-    columns = [column for column in COLUMNS if any(known(row, column) for row in ROWS)]
-    shown = {row: [known(row, column) for column in columns] for row in ROWS}
-    shown = {row: values for row, values in shown.items() if any(values)}
-    head = ["pre-training", *(COLUMNS[column][0] for column in columns)]
-    yield "top-1 in percent", [*head, "minutes of it"], [
-        [ROWS[row][0], *map(text, [*values, known(row, "pretrain")])]
-        for row, values in shown.items()]
-
-    for base, others in (("mae", ROWS.keys() - {"mae"}),
-                         ("dmae", ROWS.keys() - {"scratch", "mae", "dmae"}),
-                         ("mae-long", {"dmae-long", "better", "better-long"})):
-        rows = [[ROWS[row][0], *map(difference, values, shown.get(base, []))]
-                for row, values in shown.items() if row in others]
-        yield (f"difference from {ROWS[base][0]} (± standard error)", head,
-               [row for row in rows if any(row[1:])])
-
-    rows = [[title, *(text(known(row if name == "taken" else f"{row}-{name}", "held-out"))
-                      for row in ("mae", "dmae"))] for name, (title, _) in SETTINGS.items()]
-    yield ("linear probe on held-out training images",
-           ["settings", ROWS["mae"][0], ROWS["dmae"][0]], [row for row in rows if any(row[1:])])
-
-    rows = []
-    for share, row in itertools.product(("1%", "10%"), ("mae", "dmae")):
-        values = [known(row, f"keep{k}-{share}") for k in (2, 4)]
-        seeds = set().union(*values)
-        whole = {seed: value for seed, value in known(row, share).items() if seed in seeds}
-        if seeds:
-            rows.append([ROWS[row][0], share.replace("%", " %"), *map(text, [*values, whole])])
-    yield "only the first blocks kept", ["pre-training", "labels", "2", "4", "6 (all)"], rows
-
-    yield "the teacher", ["", "k-NN", "linear", "minutes"], [
-        [title, *(text(known(row, column)) for column in ("knn", "linear", "pretrain"))]
-        for row, (title, _) in TEACHERS.items() if known(row, "knn") or known(row, "linear")]
-
-    rows = []
-    for row, (title, _) in ALL_ROWS.items():
-        ends = {line["seed"]: line["curve"][-1] for line in select(lines, data, row, "pretrain")}
-        pairs = [(ends[line["seed"]], line["curve"][-1])
-                 for line in select(lines, data, row, "pretrain", again=True)]
-        if pairs and "mae" in pairs[0][0]:
-            mae, knn = ([[end[key] for end in pair] for pair in pairs] for key in ("mae", "knn"))
-            rows.append([title, str(len(pairs)),
-                         *(f"{statistics.mean(x):.4f}" for x in zip(*mae, strict=True)),
-                         *(f"{100 * statistics.mean(x):.1f}" for x in zip(*knn, strict=True)),
-                         f"{100 * max(abs(a - b) for a, b in knn):.1f}"])
-    yield ("trained again", ["pre-training", "students", "MAE loss", "again", "k-NN", "again",
-                             "largest difference"], rows)
-
-
-def figures(lines, folder):
-    """Draws curves over pre-training, mean and range over seeds; yields each data set's file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("(figures need pip install matplotlib)")
-        return
+    """{name: a table in Markdown} of all that the lines have to say."""
+    found, text = {}, mean_and_deviation
     for data in DATA:
-        runs = {row: select(lines, data, row, "pretrain") for row in DRAWN}
-        if not any(runs.values()):
-            continue
-        figure, ticks = Figure(figsize=(13, 4.6), layout="constrained"), {0.0}
-        axes = figure.subplots(1, 3)
-        for color, seeds in enumerate(runs.values()):
-            epochs = list(zip(*(line["curve"] for line in seeds), strict=True))
-            for axis, (key, (title, unit)) in zip(axes, CURVES.items(), strict=True):
-                axis.set_title(title)
-                if not epochs or key not in epochs[-1][0]:
-                    continue
-                each = seeds[0]["images"] / 1000 / max(1, len(epochs) - 1)
-                ticks |= {each, each * (len(epochs) - 1)}
-                values = {i * each: [unit * run[key] for run in epoch]
-                          for i, epoch in enumerate(epochs) if key in epoch[0]}
-                means, least, most = (list(map(function, values.values()))
-                                      for function in (statistics.mean, min, max))
-                axis.plot(values.keys(), means, color=f"C{color}", linewidth=1, marker=".",
-                          label=ROWS[seeds[0]["row"]][0])
-                axis.fill_between(values.keys(), least, most, color=f"C{color}", alpha=0.2,
-                                  linewidth=0)
-        pixels = next(seeds[0]["knn_pixels"] for seeds in runs.values() if seeds)
-        axes[2].axhline(100 * pixels, color="grey", linestyle=":", linewidth=1, label="raw pixels")
-        ticks = sorted(ticks)
-        for axis in axes:
-            axis.set_xlabel("thousand images seen (logarithmic after the first epoch)")
-            # Rows differ eightfold in length; linear up to the first epoch, which has 0 before it.
-            axis.set_xscale("symlog", linthresh=ticks[1], linscale=0.3)
-            axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
-            axis.minorticks_off()
-        axes[1].set_yscale("log")
-        figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        figure.savefig(folder / f"study_{data}.png", dpi=80)
-        yield folder / f"study_{data}.png"
+        known = partial(values_of, lines, data)
+        for title, (_, rows, columns) in TABLES.items():
+            shown = {row: [known(row, column) for column in columns] for row in rows}
+            head = ["pre-training", *(column[0] for column in columns.values())]
+            found[f"{data}: {title}"] = head, [
+                [ALL_ROWS[row][0], *map(text, values)] for row, values in shown.items()]
+            for base in ("mae", "dmae"):
+                found[f"{data}: {title}, differences from {ROWS[base][0]}"] = head, [
+                    [ALL_ROWS[row][0], *map(difference, values, shown[base])]
+                    for row, values in shown.items() if row != base]
+        found[f"{data}: minutes of one core"] = ["pre-training", ""], [
+            [ALL_ROWS[row][0], text(known(row, "pretrain"))] for row in ROWS | VARIANTS]
+        for flag, values, rows in SEARCHES:
+            found[f"{data}: linear probe on held-out images, by {flag}"] = ["method", *values], [
+                [ALL_ROWS[row][0], *(text(known(f"{row}@{x}", "held-out")) for x in values)]
+                for row in rows]
+        found[f"{data}: the teacher"] = ["", "k-NN", "linear", "minutes"], [
+            [title, *(text(known(row, column)) for column in ("knn", "linear", "pretrain"))]
+            for row, (title, _, _) in TEACHERS.items()]
+        hours = [sum(line["minutes"] for line in lines if (line["data"], part) == (
+            data, line["column"] == "pretrain")) / 60 for part in (True, False)]
+        found[f"{data}: hours of one core"] = ["", "pre-training", "measuring"], [
+            ["all lines", *(f"{x:.1f}" for x in hours)]] * any(hours)
+    found = {name: (head, [row for row in rows if any(row[1:])])
+             for name, (head, rows) in found.items()}
+    return {name: markdown(head, rows) for name, (head, rows) in found.items() if rows}
+
+
+def figure(lines, path):
+    """Linear probe and 1 % of the labels by each method, mean and deviation, beside the paper's
+    Pets and Flowers."""
+    from matplotlib.figure import Figure
+    sets = [data for data in DATA if any(values_of(lines, data, row, "linear") for row in PAPER)]
+    sheet = Figure(figsize=(2 + 3.3 * (1 + len(sets)), 3.6), layout="constrained")
+    axes = sheet.subplots(1, 1 + len(sets), sharey=True, squeeze=False)[0]
+    for axis, data in zip(axes, [*sets, None]):
+        for i, column in enumerate(("linear", "1%")):
+            values = {row: list(values_of(lines, data, row, column).values()) if data
+                      else [PAPER[row][i]] for row in PAPER}
+            points = [(place + 0.3 * i, values[row]) for place, row in enumerate(PAPER)
+                      if values[row]]
+            axis.errorbar(
+                [statistics.mean(x) for _, x in points], [place for place, _ in points],
+                xerr=[statistics.stdev(x) if len(x) > 1 else 0 for _, x in points],
+                fmt="os"[i], capsize=3,
+                label=COLUMNS[column][0] if data else ("Pets", "Flowers")[i])
+        axis.set_title(f"{data}, small ViT" if data else "paper: ViT-Tiny, fine-tuned")
+        axis.set_xlabel("top-1 in percent")
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(loc="lower left")
+    axes[0].set_yticks([place + 0.15 for place in range(len(PAPER))], [ROWS[x][0] for x in PAPER])
+    axes[0].invert_yaxis()
+    sheet.savefig(path, dpi=100)
 
 
 # ===================================================================================== command line
 
-GROUPS = {
-    "data": {name: [name] for name in DATA},
-    "rows": {name: [name] for name in ALL_ROWS} | dict(all=ROWS, grid=GRID),
-    "columns": {name: [name] for name in (*ALL_COLUMNS, "pretrain")} | dict(all=COLUMNS, keep=KEEP)}
-# As FLAGS of dmae.py. Lists have commas.
 FLAGS = {
-    "data": ("fashion-mnist", "NAME,...", ", ".join(GROUPS["data"])),
-    "rows": ("mae,dmae,untrained", "ROW,...", ", ".join(GROUPS["rows"])),
-    "columns": (None, "COLUMN,...", f"{', '.join(GROUPS['columns'])} [knn,linear,1%]".replace(
+    "rows": (None, "ROW,...", f"{', '.join(ALL_ROWS)} [all, in the order of the tables]"),
+    "columns": (None, "COLUMN,...", f"pretrain, held-out, {', '.join(COLUMNS)} [all]".replace(
         "%", "%%")),                                                       # argparse wants it so
-    "seeds": ("0,1,2", "SEED,...", "whole numbers"),
-    "report": (False, bool, "print tables and draw figures, run nothing"),
+    "data": (None, "NAME,...", f"{', '.join(DATA)} [both]"),
+    "seeds": ("0,1,2", "N,...", "whole numbers"),
+    "report": (False, bool, "print the tables and draw the figure, run nothing"),
     "results": (str(RESULTS), "FILE", "lines of what has been measured"),
-    "runs": ("runs/study", "DIR", "where runs lie"),
     "data_dir": ("data", "DIR", "where data sets lie"),
+    "amp": ("off", ("off", "bf16", "fp16"), "precision, as dmae.py has it"),
 }
+
+
+def chosen(flag, text, known):
+    names = list(known) if text is None else text.split(",")
+    for name in names:
+        require(name in known, f"--{flag} {name}: choose from {', '.join(known)}")
+    return names
+
+
+def columns_of(data, row, seed):
+    """What there is to measure of a row: of teachers and of the search once."""
+    if row.split("@")[0] in VARIANTS and data == "shapes":
+        return []
+    if row in SEARCH:
+        return ["held-out"] if seed == 0 else []
+    if row in TEACHERS:
+        here = seed == 0 and (data != "shapes" or row != "teacher")
+        return ["pretrain", "knn", "linear"] if here else []
+    columns = [column for sets, rows, columns in TABLES.values() if data in sets and row in rows
+               for column in columns]
+    return columns if row == "scratch" else ["pretrain", *columns]
+
+
+def cells(s):
+    """What was asked for, (data, row, seed, column) each: the search, which rates are chosen by;
+    then the first columns of all rows, set by set; then the others."""
+    rows = chosen("rows", s.rows, ALL_ROWS)
+    columns = chosen("columns", s.columns, ["pretrain", "held-out", *COLUMNS])
+    require(re.fullmatch(r"\d+(,\d+)*", s.seeds), f"--seeds {s.seeds}: write them as in 0,1,2")
+    found = [(data, row, seed, column) for data in chosen("data", s.data, DATA)
+             for seed in map(int, s.seeds.split(",")) for row in rows
+             for column in columns_of(data, row, seed) if column in columns]
+    order = {"held-out": 0, "pretrain": 1} | dict.fromkeys(FIRST, 1)
+    return sorted(found, key=lambda cell: order.get(cell[3], 2))                  # sorts stably
 
 
 def main(argv=None):
@@ -371,34 +432,27 @@ def main(argv=None):
     with dmae.command_line("experiments.study", FLAGS, argv) as given:
         s = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
         if not s.report:
-            Path(s.results).touch()                  # that it can be written, now, not in an hour
-            for cell in cells(s):
-                run(s, *cell)
+            asked = cells(s)
+            for data, row, seed, _ in asked:
+                text = command(data, row, seed, "pretrain") if ALL_ROWS[row][1] else ""
+                for word in shlex.split(text):
+                    require("weights/" not in word or Path(word).exists(),
+                            f"{word} is not there, of --rows {row}: put it there or name others")
+            Path(s.results).open("a").close()                       # fails now, not after an hour
+            for cell in asked:
+                measure(s, *cell)
         lines = read(s.results)
         require(lines, f"--results {s.results}: there are no lines in it yet")
-        out = tables(lines)
-        print(*(f"\n{name}\n\n{table}" for name, table in out.items()), sep="", end="")
+        found = tables(lines)
+        require(found, f"--results {s.results}: no line is of today's flags")
+        print(*(f"\n{name}\n\n{table}" for name, table in found.items()), sep="", end="")
         if s.report:
-            folder = HERE / "figures" if Path(s.results) == RESULTS else Path(s.results).parent
-            print("", *figures(lines, folder), sep="\n")
-        return out
-
-
-def chosen(flag, text):
-    """The names in a list with commas, each once, groups replaced by what is in them."""
-    known = GROUPS[flag]
-    for name in text.split(","):
-        require(name in known, f"--{flag} {name}: choose of {', '.join(known)}")
-    return list(dict.fromkeys(name for group in text.split(",") for name in known[group]))
-
-
-def cells(s):
-    """The cells that were asked for, in their order: (data, row, seed, column)."""
-    require(re.fullmatch(r"\d+(,\d+)*", s.seeds), f"--seeds {s.seeds}: write them as in 0,1,2")
-    rows, columns = chosen("rows", s.rows), chosen("columns", s.columns or "knn,linear,1%")
-    return [(data, row, seed, column) for data in chosen("data", s.data)
-            for seed in map(int, s.seeds.split(",")) for row in rows for column in columns
-            if row != "scratch" or column in COLUMNS]        # there is nothing to pre-train or keep
+            try:
+                place = HERE / "figures" if Path(s.results) == RESULTS else Path(s.results).parent
+                figure(lines, place / "study.png")
+            except ImportError as error:
+                raise InputError("the figure needs pip install matplotlib") from error
+        return found
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ import dmae
 import finetune
 from dmae import DMAE, MAE, ViT
 from data import SETS, InputError
-from experiments import (analyze, comparison, deploy, detect, first_run, loader, rivals, speed,
-                         study)
+from experiments import analyze, deploy, detect, first_run, loader, rivals, speed, study
 
 # torchvision announces the end of its decoders; the core does without them when it comes. The other
 # one is between pycocotools and numpy.
@@ -277,122 +276,37 @@ def test_loader_measures_photograph_like_files(capsys):
     fails(loader, "from 1 to", ["--rounds", "0"], capsys)
 
 
-# ============================================================================================ study
+# =============================================================================== study and the rest
 
 
 def test_a_difference_counts_beyond_two_standard_errors():
-    tops = {"mae": [0.70, 0.74, 0.78], "dmae": [0.72, 0.77, 0.80], "untrained": [0.71, 0.74, 0.80],
-            "mae-long": [0.71, 0.77, 0.80], "every": [0.80, 0.841], "probs": [0.9]}
-    lines = [dict(data="fashion-mnist", row=row, seed=seed, column="1%", top1=top1, minutes=1.0)
-             for row, seeds in tops.items() for seed, top1 in enumerate(seeds)]
-    table = study.tables(lines)["fashion-mnist: difference from MAE (± standard error)"]
-    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1].rstrip(" |") for line in
-             table.splitlines()[2:]}
-    # 2, 3 and 2 points: their mean, deviation / sqrt(3). Paired t-tests have p = 0.020, 0.23,
-    # 0.074; two seeds decide nothing, and one has no error.
-    assert cells == {
-        "D-MAE, last block": "+2.33 ± 0.33 **", "D-MAE, untrained teacher": "+1.00 ± 0.58",
-        "MAE, as long as D-MAE and its teacher": "+2.00 ± 0.58 *",
-        "D-MAE, all blocks": "+10.05 ± 0.05 (2)"}
+    """2, 3 and 2 points: their mean, deviation / sqrt(3). Paired t-tests have p = 0.020, 0.23,
+    0.074; two seeds decide nothing, and one has no error."""
+    base = {0: 70.0, 1: 74.0, 2: 78.0}
+    for values, said in (((72, 77, 80), "+2.33 ± 0.33 **"), ((71, 74, 80), "+1.00 ± 0.58"),
+                         ((71, 77, 80), "+2.00 ± 0.58 *"), ((80, 84.1), "+10.05 ± 0.05 (2)"),
+                         ((90,), "")):
+        assert study.difference(dict(enumerate(values)), base) == said
 
 
-def test_every_cell_can_be_asked_of_the_programs():
-    """Different cells have different command lines, but that a probe on held-out images is asked
-    for as the one on test images."""
-    s, seen = argparse.Namespace(
-        runs="runs", data_dir="data", data=",".join(study.DATA), rows=",".join(study.ALL_ROWS),
-        seeds="0", columns=",".join([*study.ALL_COLUMNS, "pretrain"])), set()
-    cells = study.cells(s)
-    for cell in cells:
-        program, argv = study.command(s, *cell)
-        with dmae.command_line("study", program.FLAGS, argv) as given:
-            assert given["data"] == cell[0] and (
-                program is dmae or finetune.defaults_for(given))
-        seen.add((cell[3] == "held-out", *argv))
-    assert len(seen) == len(cells) == len(study.DATA) * (
-        (len(study.ALL_ROWS) - 1) * (len(study.ALL_COLUMNS) + 1) + len(study.COLUMNS))
-
-
-@pytest.fixture
-def small_study(monkeypatch):
-    size = "--student nano --train-images 64 --batch-size 32"
-    monkeypatch.setattr(study, "DATA", {"shapes": dict(
-        teacher=f"--epochs 2 {size}", student=f"--epochs 1 {size}", tuning=(1, 1, 1), long=2,
-        better=3)})
-    monkeypatch.setattr(study.held_out, "__defaults__", (100,))
-
-    return lambda rows, columns, *more: [
-        "--runs", "my runs", "--results", "lines", "--data", "shapes", "--seeds", "0", "--rows",
-        rows, "--columns", columns, *more]
-
-
-def lines_after(argv):
-    study.main(argv)
-    return study.read("lines")
-
-
-def test_a_study_runs_what_is_missing_and_nothing_twice(small_study, capsys):
-    lines = lines_after(small_study("mae,dmae,untrained", "pretrain"))
-    assert [(line["row"], line["column"], line["images"]) for line in lines] == [
-        ("mae", "pretrain", 64), ("teacher", "pretrain", 128), ("dmae", "pretrain", 64),
-        ("untrained-teacher", "pretrain", 0), ("untrained", "pretrain", 64)]
-    assert [x["epoch"] for x in lines[1]["curve"]] == [0, 1, 2] and lines[2]["curve"][1]["attn"] > 0
-    assert all(line["command"].startswith("python dmae.py --teacher") for line in lines)
-    assert lines_after(small_study("mae,dmae,untrained", "pretrain")) == lines
-    # Lines that are lost: what is there is resumed, not computed again; what was begun and has no
-    # checkpoint begins anew.
-    whole = Path("lines").read_text().splitlines(keepends=True)
-    Path("lines").write_text("".join(whole[:2]))
-    folder = Path("my runs/shapes/dmae/0/pretrain")
-    age = (folder / "checkpoint.pth").stat().st_mtime_ns
-    Path("my runs/shapes/untrained/0/pretrain/checkpoint.pth").unlink()
-    again = lines_after(small_study("dmae,untrained", "pretrain"))
-    assert (folder / "checkpoint.pth").stat().st_mtime_ns == age
-    for key in ("row", "curve", "student_sha256"):
-        assert [line[key] for line in again] == [line[key] for line in lines]
-    # Where the data lie makes no difference; other settings do, in a line and in a run.
-    assert lines_after(small_study("mae", "pretrain", "--data-dir", "elsewhere")) == again
-    study.DATA["shapes"]["student"] += " --blr 1e-3"
-    fails(study, "not measured with --blr 1e-3", small_study("mae", "pretrain"), capsys)
-    Path("lines").write_text("".join(whole[1:2]))
-    fails(study, "a run with other settings", small_study("mae", "pretrain"), capsys)
-
-
-def test_a_study_measures_its_own_students(small_study, monkeypatch, capsys):
-    probed, probe = [], finetune.linear_probe
-    monkeypatch.setattr(finetune, "linear_probe", lambda *x: probed.append(x) or probe(*x))
-    pretrain, *measured = lines_after(small_study("mae", "knn,linear,held-out"))
-    for line, images in zip(measured, (800, 800, 700), strict=True):
-        assert line["train_images"] == images and 0 <= line["top1"] <= 1
-        assert line["student_sha256"] == pretrain["student_sha256"]
-    # Tested on training images: the first of a fixed order, which are not trained on.
-    labels = data.draw_shapes(20_000, seed=1)[1]
-    order = torch.randperm(800, generator=torch.Generator().manual_seed(0))
-    _, (_, train), (_, test) = probed[-1]
-    assert torch.equal(test, labels[order[:100].sort().values])
-    assert torch.equal(train, labels[order[100:].sort().values])
-    *_, scratch = lines_after(small_study("scratch", "1%"))
-    assert scratch["row"] == "scratch" and "student_sha256" not in scratch
-    # A student that is not the one of its line is not measured.
-    Path("my runs/shapes/mae/0/pretrain/student.pth").write_bytes(b"another")
-    fails(study, "is not there, or not that of lines", small_study("mae", "1%"), capsys)
-
-
-def test_a_report_draws_curves():
-    pytest.importorskip("matplotlib")
-    for made in study.figures(study.read(), Path()):
-        assert min(data.read_image(made).shape[1:]) > 100
-    assert {path.name for path in Path().iterdir()} == {
-        "study_fashion-mnist.png", "study_shapes.png"}
-
-
-def test_bad_input_to_a_study_is_one_line(capsys):
-    for words, *argv in (
-            ("write them as in 0,1,2", "--seeds", "-1"), ("best: choose of", "--rows", "mae,best"),
-            ("line 1 is not one", "--results", dmae.__file__, "--report"),
-            ("no lines in it yet", "--results", "nowhere", "--report"),
-            ("No such file or directory", "--results", "no/folder")):
-        fails(study, words, argv, capsys)
+def test_every_cell_is_a_command_of_its_program():
+    """The flags of each parse, and no student is trained by the command of another."""
+    s = argparse.Namespace(seeds="0,1", rows=None, columns=None, data=None)
+    texts = {cell: study.command(*cell) for cell in study.cells(s)}
+    programs = {"dmae.py": dmae, "finetune.py": finetune, "-m experiments.detect": detect,
+                **{f"-m experiments.rivals {method}": rivals for method in rivals.METHODS}}
+    for cell, text in texts.items():
+        for name, program in programs.items():
+            if text.startswith(f"python {name} "):
+                argv = text.removeprefix(f"python {name} ").split()
+                with dmae.command_line(name, program.FLAGS, argv) as given:
+                    assert given["seed"] == cell[2] and (
+                        given["data"] == cell[0] or cell[3].startswith(("transfer", "box", "mask")))
+                break
+        else:
+            assert text.startswith("python -m experiments.analyze runs/")
+    students = [text for cell, text in texts.items() if cell[3] == "pretrain"]
+    assert len(set(students)) == len(students) > 40
 
 
 def test_first_run_measures_once_and_tables_what_it_measured(tmp_path):
@@ -508,23 +422,23 @@ def test_rivals_refuse_what_does_not_suit_them(capsys):
 
 
 @pytest.fixture
-def small_comparison(monkeypatch):
-    """The flags of a comparison of 200 training and 20 test images."""
+def small_study(monkeypatch):
+    """The flags of a study of 200 training and 20 test images."""
     shapes = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda count, seed: shapes(count // 4, seed))
     setting = dict(epochs=1, half=1, train=200, held=40, teacher=Path(
         dmae.__file__).with_name("weights") / "shapes_teacher.pth")
-    monkeypatch.setitem(comparison.DATA, "shapes", comparison.DATA["shapes"] | setting)
+    monkeypatch.setitem(study.DATA, "shapes", study.DATA["shapes"] | setting)
     return ["--data", "shapes", "--results", "r.jsonl", "--seeds", "0,1"]
 
 
-def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(
-        monkeypatch, small_comparison, capsys):
-    argv = small_comparison
+def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(
+        monkeypatch, small_study, capsys):
+    argv = small_study
     asked = [*argv, "--rows", "mae", "--columns", "knn"]
-    comparison.main(asked)
-    table = comparison.main(asked)["shapes: top-1 in percent"]                # not run again
-    comparison.main([*argv[:-1], "1", "--rows", "untrained,simmim", "--columns", "knn"])
+    study.main(asked)
+    table = study.main(asked)["shapes: top-1 in percent"]                # not run again
+    study.main([*argv[:-1], "1", "--rows", "untrained,simmim", "--columns", "knn"])
     lines = first_run.read("r.jsonl")
     assert [(x["row"], x["seed"], x["column"]) for x in lines] == [
         ("mae", 0, "pretrain"), ("mae", 0, "knn"), ("mae", 1, "pretrain"), ("mae", 1, "knn"),
@@ -534,61 +448,61 @@ def test_the_comparison_runs_each_cell_once_and_again_if_its_flags_change(
     assert f"| MAE | {np.mean(mae):.1f} ± {np.std(mae, ddof=1):.1f} (2) | " in table
     for before, x in itertools.pairwise([None, *lines]):    # what a line says is what has run
         if x["column"] == "pretrain":
-            out = Path(comparison.folder(x["command"]))
+            out = Path(study.folder(x["command"]))
             assert json.loads((out / "config.json").read_text())["settings"]["seed"] == x["seed"]
             assert dmae.file_hash(out / "student.pth") == x["sha256"]
             own = x["row"] != "untrained"
             assert x["files_sha256"] == ([] if own else [before["sha256"]])
         else:
             assert x["files_sha256"] == [before["sha256"]]
-    Path(comparison.student("shapes", "simmim", 1)).unlink()
-    Path(comparison.folder(lines[7]["command"]), "checkpoint.pth").unlink()
-    comparison.main([*argv[:-1], "1", "--rows", "simmim", "--columns", "linear"])
+    Path(study.student("shapes", "simmim", 1)).unlink()
+    Path(study.folder(lines[7]["command"]), "checkpoint.pth").unlink()
+    study.main([*argv[:-1], "1", "--rows", "simmim", "--columns", "linear"])
     again = first_run.read("r.jsonl")[9:]        # trained anew, to the same bits
     assert [x["column"] for x in again] == ["pretrain", "linear"]
     assert again[0]["sha256"] == lines[7]["sha256"]
-    monkeypatch.setitem(comparison.ROWS, "mae", ("MAE", "mae", "--mask-ratio 0.5"))
-    monkeypatch.setitem(comparison.ALL_ROWS, "mae", comparison.ROWS["mae"])
-    table = comparison.main([*argv, "--rows", "scratch", "--columns", "knn"])[
+    monkeypatch.setitem(study.ROWS, "mae", ("MAE", "mae", "--mask-ratio 0.5"))
+    monkeypatch.setitem(study.ALL_ROWS, "mae", study.ROWS["mae"])
+    table = study.main([*argv, "--rows", "scratch", "--columns", "knn"])[
         "shapes: top-1 in percent"]
     assert "| MAE |" not in table and "| none (scratch) |" in table
-    comparison.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
+    study.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
     lines = first_run.read("r.jsonl")[13:]
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
     assert "--blr 6e-3 --epochs 1 --train-images 160" in lines[0]["command"]
     assert lines[0]["images"] == 128
-    fails(comparison, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
-    fails(comparison, "dinov2.safetensors is not there", ["--rows", "mae,from-dinov2"], capsys)
+    fails(study, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
+    fails(study, "dinov2.safetensors is not there", ["--rows", "mae,from-dinov2"], capsys)
     pytest.importorskip("matplotlib")
-    comparison.main(["--report", "--results", "r.jsonl"])
-    assert Image.open("comparison.png").size == (860, 360)
+    study.main(["--report", "--results", "r.jsonl"])
+    assert Image.open("study.png").size == (860, 360)
     Path("bad.jsonl").write_text('{"data": 1}')
-    fails(comparison, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
+    fails(study, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
 
 
-def test_two_columns_of_the_comparison_may_be_of_one_command():
-    boxes, masks = (comparison.command("shapes", "mae", 1, x) for x in ("boxes", "masks"))
+def test_two_columns_of_the_study_may_be_of_one_command():
+    boxes, masks = (study.command("shapes", "mae", 1, x) for x in ("boxes", "masks"))
     assert boxes == masks == (f"python -m experiments.detect --init "
-                              f"{comparison.student('shapes', 'mae', 1)} --data scenes --seed 1")
+                              f"{study.student('shapes', 'mae', 1)} --data scenes --seed 1")
     found = dict(data="shapes", row="mae", column="boxes", command=boxes, seed=1, box_ap=30.0,
                  mask_ap=20.0)
-    assert [comparison.values_of([found], "shapes", "mae", x) for x in (
+    assert [study.values_of([found], "shapes", "mae", x) for x in (
         "boxes", "masks", "boxes-200")] == [{1: 30}, {1: 20}, {}]
 
 
-def test_the_comparison_looks_inside(monkeypatch, small_comparison):
+def test_the_study_looks_inside(monkeypatch, small_study):
     """Seed 0 beside supervised seed 1; what is fine-tuned by itself."""
-    argv, columns = small_comparison, ("distance-1-3", "cka-4-6", "tuned-distance-4-6")
-    monkeypatch.setitem(comparison.TABLES, "inside", (
-        ["shapes"], ["mae", "dmae"], {name: comparison.COLUMNS[name] for name in columns}))
+    argv, columns = small_study, ("distance-1-3", "cka-4-6", "tuned-distance-4-6")
+    monkeypatch.setitem(study.TABLES, "inside", (
+        ["shapes"], ["mae", "dmae"], {name: study.COLUMNS[name] for name in columns}))
     monkeypatch.setitem(analyze.FLAGS, "batch_size", (8, (int, 4, 100), ""))
-    table = comparison.main([*argv[:-1], "0", "--rows", "mae", "--columns", ",".join(columns)])[
+    table = study.main([*argv[:-1], "0", "--rows", "mae", "--columns", ",".join(columns)])[
         "shapes: inside"]
     student, *lines = first_run.read("r.jsonl")
     assert [(x["row"], x["seed"], x["column"]) for x in (student, *lines)] == [
         ("mae", 0, "pretrain"), ("supervised", 1, "pretrain"), ("mae", 0, "distance-1-3"),
         ("mae", 0, "all"), ("mae", 0, "tuned-distance-4-6")]
-    pair = [comparison.student("shapes", *x) for x in (("mae", 0), ("supervised", 1))]
+    pair = [study.student("shapes", *x) for x in (("mae", 0), ("supervised", 1))]
     vits = [dmae.load_vit(path) for path in pair]
     images = torch.cat([x for x, _ in analyze.open_images("shapes", "data", vits[0]).plain(
         torch.arange(20))])
@@ -596,7 +510,7 @@ def test_the_comparison_looks_inside(monkeypatch, small_comparison):
     distance = 4 * np.mean([analyze.distance_and_entropy(x, (8, 8))[0].mean().item()
                             for x in scores.values()])
     assert f"| MAE | {distance:.1f} (1) | {lines[1]['higher_cka']:.1f} (1) | " in table
-    assert comparison.inside([pair[0], pair[0], "--out", "same"])["lower_cka"] == pytest.approx(100)
+    assert study.inside([pair[0], pair[0], "--out", "same"])["lower_cka"] == pytest.approx(100)
     assert lines[1]["higher_cka"] < 99 and "higher_cka" not in lines[3]
 
 
@@ -718,18 +632,10 @@ def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps(capsys):
 
 
 def test_tables_of_the_texts_are_those_of_the_lines():
-    lines, here = study.read(), study.HERE
-    assert len({(x["data"], x["row"], x["seed"], x["column"],
-                 "again" in x and x["student_sha256"]) for x in lines}) == len(lines) > 0
-    full = (here / "STUDY.md").read_text(encoding="utf-8")
-    for name, table in study.tables(lines).items():
-        assert table in full, f"write this one into STUDY.md: {name}\n{table}"
-    text = (here / "COMPARISON.md").read_text(encoding="utf-8")
-    printed = comparison.tables(comparison.read(comparison.RESULTS)).values()
+    text = study.HERE.joinpath("STUDY.md").read_text(encoding="utf-8")
+    printed = study.tables(study.read(study.RESULTS)).values()
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert table in printed, f"COMPARISON.md has a table that --report does not print:\n{table}"
-    readme = (here.parent / "README.md").read_text(encoding="utf-8")
+        assert table in printed, f"STUDY.md has a table that --report does not print:\n{table}"
+    readme = study.HERE.with_name("README.md").read_text(encoding="utf-8")
     table = "\n".join(first_run.table(first_run.read(first_run.FLAGS["results"][0])))
     assert table in readme, f"write this one into README.md:\n{table}"
-    s = argparse.Namespace(results=study.RESULTS, runs="runs", data_dir="data")
-    assert study.line_of(s, *(lines[1][key] for key in ("data", "row", "seed", "column")))
