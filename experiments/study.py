@@ -1,8 +1,8 @@
 """Which pre-training suits a small ViT? The paper's comparison at small scale, with error bars.
 
-    python -m experiments.study                               # everything, the first table first
+    python -m experiments.study                                  # everything: days of one core
     python -m experiments.study --rows mae,dmae --columns knn,linear,1% --seeds 0,1,2
-    python -m experiments.study --report                      # tables and the figure of our lines
+    python -m experiments.study --report                         # tables and figure of our lines
 
 A cell is one command: a data set, a way to pre-train (row), a seed, and what is measured (column;
 `pretrain` is the pre-training itself). It runs once: it adds a line to --results, and is known by
@@ -11,8 +11,8 @@ row whose flags were changed is measured anew, and nothing else is. Stop wheneve
 command goes on. Several may run side by side if no two need the same run: teachers, and seed 0 of
 `supervised` and `dino`, which are teachers, too, come first.
 
-All students have the same network and see 120,000 images of the set, but for those of the rows
-that are given time. Seeds of different rows share their order of images and their labels, so
+All students have the same network and see 120,000 images of the set, except where MAE is given the
+time of another row. Seeds of different rows share their order of images and their labels, so
 differences are taken seed by seed. Learning rates are chosen by `held-out`: half as long a
 pre-training, then a linear probe on training images that it has not seen.
 """
@@ -52,9 +52,9 @@ METHODS = {
     "mocov3": "-m experiments.rivals mocov3", "dino": "-m experiments.rivals dino",
     "mae": "dmae.py --teacher none", "dmae": "dmae.py",
 }
-# Of each data set: epochs of 120,000 images; of the search; of MAE for the time of D-MAE, and for
-# that of D-MAE and its teacher; images, and how many of them are held out; teacher; each method's
-# learning rate.
+# Of each data set: epochs of 120,000 images; of the search; of MAE in the `time` of D-MAE, and as
+# `long` as D-MAE and its teacher, measured side by side; images, and how many of them are held out;
+# teacher; each method's learning rate.
 DATA = {
     "fashion-mnist": dict(
         epochs=2, half=1, time=3, long=47, train=60_000, held=5_000, teacher="@teacher",
@@ -75,11 +75,11 @@ ROWS = {
     "dino": ("DINO", "dino", ""),
     "mae": ("MAE", "mae", ""),
     "mae-time": ("MAE, for the time of D-MAE", "mae", "--epochs {time}"),
-    "mae-long": ("MAE, for that of D-MAE and its teacher", "mae", "--epochs {long}"),
+    "mae-long": ("MAE, for the time of D-MAE and teacher", "mae", "--epochs {long}"),
     "dmae": ("D-MAE", "dmae", ""),
     "untrained": ("D-MAE, untrained teacher", "dmae", "--teacher @untrained-teacher"),
 }
-# On Fashion-MNIST alone: what is distilled, and from whom. `read_weights` says where DINOv2's is.
+# On Fashion-MNIST alone: what is distilled, and from whom. DINOv2's ViT-S/14 is to be put there.
 VARIANTS = {
     "lower": ("D-MAE, block 3", "dmae", "--layers 3:3"),
     "probs": ("D-MAE, after the softmax (alpha 100)", "dmae", "--match probs --alpha 100"),
@@ -170,7 +170,7 @@ def command(data, row, seed, column):
 
 
 def folder(text):
-    """Where the run of a command lies."""
+    """Where the run of a command lies; the name is in the commands of our lines: it must stay."""
     return f"runs/comparison/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -333,7 +333,7 @@ def tables(lines):
                 found[f"{data}: {title}, differences from {ROWS[base][0]}"] = head, [
                     [ALL_ROWS[row][0], *map(difference, values, shown[base])]
                     for row, values in shown.items() if row != base]
-        found[f"{data}: minutes of one core"] = ["pre-training", ""], [
+        found[f"{data}: minutes of one core"] = ["pre-training", "minutes"], [
             [ALL_ROWS[row][0], text(known(row, "pretrain"))] for row in ROWS | VARIANTS]
         for flag, values, rows in SEARCHES:
             found[f"{data}: linear probe on held-out images, by {flag}"] = ["method", *values], [
@@ -381,7 +381,7 @@ def figure(lines, path):
 # ===================================================================================== command line
 
 FLAGS = {
-    "rows": (None, "ROW,...", f"{', '.join(ALL_ROWS)} [all, in the order of the tables]"),
+    "rows": (None, "ROW,...", f"{', '.join(ALL_ROWS)} [all whose teachers are there]"),
     "columns": (None, "COLUMN,...", f"pretrain, held-out, {', '.join(COLUMNS)} [all]".replace(
         "%", "%%")),                                                       # argparse wants it so
     "data": (None, "NAME,...", f"{', '.join(DATA)} [both]"),
@@ -414,6 +414,12 @@ def columns_of(data, row, seed):
     return columns if row == "scratch" else ["pretrain", *columns]
 
 
+def missing(data, row, seed, column):
+    """The file in weights/ that a row's pre-training takes, if it is not there."""
+    words = shlex.split(command(data, row, seed, "pretrain")) if ALL_ROWS[row][1] else []
+    return next((x for x in words if "weights/" in x and not Path(x).exists()), None)
+
+
 def cells(s):
     """What was asked for, (data, row, seed, column) each: the search, which rates are chosen by;
     then the first columns of all rows, set by set; then the others."""
@@ -432,12 +438,10 @@ def main(argv=None):
     with dmae.command_line("experiments.study", FLAGS, argv) as given:
         s = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
         if not s.report:
-            asked = cells(s)
-            for data, row, seed, _ in asked:
-                text = command(data, row, seed, "pretrain") if ALL_ROWS[row][1] else ""
-                for word in shlex.split(text):
-                    require("weights/" not in word or Path(word).exists(),
-                            f"{word} is not there, of --rows {row}: put it there or name others")
+            asked = [cell for cell in cells(s) if s.rows or not missing(*cell)]
+            for cell in asked:
+                require(not missing(*cell), f"--rows {cell[1]}: {missing(*cell)} is not there: put "
+                        "it there or name other rows")
             Path(s.results).open("a").close()                       # fails now, not after an hour
             for cell in asked:
                 measure(s, *cell)
