@@ -61,7 +61,7 @@ DATA = {
         blr=dict(supervised="6e-3", simmim="6e-3", mocov3="1.5e-3", dino="2.4e-2", mae="1.5e-3",
                  dmae="2.4e-2")),
     "shapes": dict(
-        epochs=6, half=3, time=9, long=120, train=20_000, held=2_000,
+        epochs=6, half=3, time=9, long=230, train=20_000, held=2_000,
         teacher="weights/shapes_teacher.pth",
         blr=dict(supervised="6e-3", simmim="6e-3", mocov3="6e-3", dino="6e-3", mae="2.4e-2",
                  dmae="2.4e-2")),
@@ -111,17 +111,16 @@ FEW = "finetune.py --init {start} --label-fraction 0.01"
 ALL = "finetune.py --init {start} --epochs 1"
 SCENES = "-m experiments.detect --init {start} --data scenes"
 INSIDE, TUNED = "-m experiments.analyze {start} {rival}", "-m experiments.analyze {tuned}"
+TOP1 = {
+    "knn": ("k-NN", "finetune.py --init {start} --mode knn --bank 10000", "top1"),
+    "linear": ("linear", "finetune.py --init {start} --mode linear", "top1"),
+    "1%": ("1 % labels", FEW, "top1"),
+    "all": ("all labels", ALL, "top1")}
+TRANSFER = {f"transfer-{x}": (f"{TOP1[x][0]}, Fashion-MNIST",
+                              f"{TOP1[x][1]} --data fashion-mnist", "top1") for x in ("linear", "1%")}
 TABLES = {
-    "top-1 in percent": (DATA, ROWS | VARIANTS, {
-        "knn": ("k-NN", "finetune.py --init {start} --mode knn --bank 10000", "top1"),
-        "linear": ("linear", "finetune.py --init {start} --mode linear", "top1"),
-        "1%": ("1 % labels", FEW, "top1"),
-        "all": ("all labels", ALL, "top1")}),
-    "transfer to Fashion-MNIST, top-1 in percent": (["shapes"], list(ROWS)[1:], {
-        "transfer-linear": (
-            "linear", "finetune.py --init {start} --data fashion-mnist --mode linear", "top1"),
-        "transfer-1%": ("1 % labels", "finetune.py --init {start} --data fashion-mnist "
-                        "--label-fraction 0.01", "top1")}),
+    "top-1 in percent": (["fashion-mnist"], ROWS | VARIANTS, TOP1),
+    "top-1 in percent, here and on Fashion-MNIST": (["shapes"], ROWS, TOP1 | TRANSFER),
     "lower blocks kept, the others begun anew, top-1 in percent": (
         ["fashion-mnist"], ["supervised", "mae", "dmae"], {
             "1%-keep-2": ("1 % labels, 2 blocks", f"{FEW} --keep-blocks 2", "top1"),
@@ -329,10 +328,10 @@ def tables(lines):
             head = ["pre-training", *(column[0] for column in columns.values())]
             found[f"{data}: {title}"] = head, [
                 [ALL_ROWS[row][0], *map(text, values)] for row, values in shown.items()]
-            for base in ("mae", "dmae"):
+            for base, others in (("mae", ROWS), ("dmae", ROWS | VARIANTS)):
                 found[f"{data}: {title}, differences from {ROWS[base][0]}"] = head, [
                     [ALL_ROWS[row][0], *map(difference, values, shown[base])]
-                    for row, values in shown.items() if row != base]
+                    for row, values in shown.items() if row in others and row != base]
         found[f"{data}: minutes of one core"] = ["pre-training", "minutes"], [
             [ALL_ROWS[row][0], text(known(row, "pretrain"))] for row in ROWS | VARIANTS]
         for flag, values, rows in SEARCHES:
@@ -402,16 +401,14 @@ def chosen(flag, text, known):
 
 def columns_of(data, row, seed):
     """What there is to measure of a row: of teachers and of the search once."""
-    if row.split("@")[0] in VARIANTS and data == "shapes":
-        return []
+    columns = [column for sets, rows, columns in TABLES.values()
+               if data in sets and row.split("@")[0] in rows for column in columns]
     if row in SEARCH:
-        return ["held-out"] if seed == 0 else []
+        return ["held-out"] if columns and seed == 0 else []
     if row in TEACHERS:
         here = seed == 0 and (data != "shapes" or row != "teacher")
         return ["pretrain", "knn", "linear"] if here else []
-    columns = [column for sets, rows, columns in TABLES.values() if data in sets and row in rows
-               for column in columns]
-    return columns if row == "scratch" else ["pretrain", *columns]
+    return ["pretrain", *columns] if columns and row != "scratch" else columns
 
 
 def missing(data, row, seed, column):
