@@ -63,7 +63,7 @@ DATA = {
     "shapes": dict(
         epochs=6, half=3, time=9, long=230, train=20_000, held=2_000,
         teacher="weights/shapes_teacher.pth",
-        blr=dict(supervised="6e-3", simmim="6e-3", mocov3="6e-3", dino="6e-3", mae="2.4e-2",
+        blr=dict(supervised="6e-3", simmim="6e-3", mocov3="6e-3", dino="6e-3", mae="1.5e-3",
                  dmae="2.4e-2")),
 }
 # The rows: what the table says, the method, flags that come before those from DATA.
