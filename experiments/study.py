@@ -121,10 +121,6 @@ TRANSFER = {f"transfer-{x}": (f"{TOP1[x][0]}, Fashion-MNIST",
 TABLES = {
     "top-1 in percent": (["fashion-mnist"], ROWS | VARIANTS, TOP1),
     "top-1 in percent, here and on Fashion-MNIST": (["shapes"], ROWS, TOP1 | TRANSFER),
-    "by the class token, which MoCo-v3 and DINO train, top-1 in percent": (
-        DATA, ["supervised", "mocov3", "dino", "mae", "dmae"], {
-            "knn-cls": ("k-NN", f"{TOP1['knn'][1]} --pool cls", "top1"),
-            "linear-cls": ("linear", f"{TOP1['linear'][1]} --pool cls", "top1")}),
     "lower blocks kept, the others begun anew, top-1 in percent": (
         ["fashion-mnist"], ["supervised", "mae", "dmae"], {
             "1%-keep-2": ("1 % labels, 2 blocks", f"{FEW} --keep-blocks 2", "top1"),
