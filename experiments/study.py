@@ -121,7 +121,7 @@ TABLES = {
     "top-1 in percent": (["fashion-mnist"], ROWS | VARIANTS, TOP1),
     "top-1 in percent, here and on Fashion-MNIST": (["shapes"], ROWS, TOP1 | TRANSFER),
     "lower blocks kept, the others begun anew, top-1 in percent": (
-        ["fashion-mnist"], ["supervised", "mae", "dmae"], {
+        DATA, ["supervised", "mae", "dmae"], {
             "1%-keep-2": ("1 % labels, 2 blocks", f"{FEW} --keep-blocks 2", "top1"),
             "1%-keep-4": ("1 % labels, 4 blocks", f"{FEW} --keep-blocks 4", "top1"),
             "all-keep-2": ("all labels, 2 blocks", f"{ALL} --keep-blocks 2", "top1"),
@@ -314,7 +314,9 @@ def difference(a, b):
 
 
 def markdown(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
+    """Without columns in which there is nothing yet."""
+    used = [i == 0 or any(row[i] for row in rows) for i in range(len(head))]
+    lines = [itertools.compress(line, used) for line in (head, ["---"] * len(head), *rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -323,7 +325,9 @@ def tables(lines):
     found, text = {}, mean_and_deviation
     for data in DATA:
         known = partial(values_of, lines, data)
-        for title, (_, rows, columns) in TABLES.items():
+        for title, (sets, rows, columns) in TABLES.items():
+            if data not in sets:
+                continue
             shown = {row: [known(row, column) for column in columns] for row in rows}
             head = ["pre-training", *(column[0] for column in columns.values())]
             found[f"{data}: {title}"] = head, [

@@ -446,7 +446,7 @@ def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(
         ("untrained-teacher", 0, "pretrain"), ("untrained", 1, "pretrain"),
         ("untrained", 1, "knn"), ("simmim", 1, "pretrain"), ("simmim", 1, "knn")]
     mae = [100 * x["top1"] for x in lines if (x["row"], x["column"]) == ("mae", "knn")]
-    assert f"| MAE | {np.mean(mae):.1f} ± {np.std(mae, ddof=1):.1f} (2) | " in table
+    assert f"| MAE | {np.mean(mae):.1f} ± {np.std(mae, ddof=1):.1f} (2) |\n" in table
     for before, x in itertools.pairwise([None, *lines]):    # what a line says is what has run
         if x["column"] == "pretrain":
             out = Path(study.folder(x["command"]))
