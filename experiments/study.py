@@ -115,8 +115,9 @@ TOP1 = {
     "linear": ("linear", "finetune.py --init {start} --mode linear", "top1"),
     "1%": ("1 % labels", FEW, "top1"),
     "all": ("all labels", ALL, "top1")}
-TRANSFER = {f"transfer-{x}": (f"{TOP1[x][0]}, Fashion-MNIST",
-                              f"{TOP1[x][1]} --data fashion-mnist", "top1") for x in ("linear", "1%")}
+TRANSFER = {
+    f"transfer-{x}": (f"{TOP1[x][0]}, Fashion-MNIST", f"{TOP1[x][1]} --data fashion-mnist", "top1")
+    for x in ("linear", "1%")}
 TABLES = {
     "top-1 in percent": (["fashion-mnist"], ROWS | VARIANTS, TOP1),
     "top-1 in percent, here and on Fashion-MNIST": (["shapes"], ROWS, TOP1 | TRANSFER),
@@ -375,7 +376,7 @@ def figure(lines, path):
         axis.set_title(f"{data}, small ViT" if data else "paper: ViT-Tiny, fine-tuned")
         axis.set_xlabel("top-1 in percent")
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(loc="lower left")
+        axis.legend()                                        # where there is room
     axes[0].set_yticks([place + 0.15 for place in range(len(PAPER))], [ROWS[x][0] for x in PAPER])
     axes[0].invert_yaxis()
     sheet.savefig(path, dpi=100)
