@@ -129,7 +129,7 @@ TABLES = {
             "all-keep-2": ("all labels, 2 blocks", f"{ALL} --keep-blocks 2", "top1"),
             "all-keep-4": ("all labels, 4 blocks", f"{ALL} --keep-blocks 4", "top1")}),
     "inside: attention distance in pixels, CKA with a supervised network in percent": (
-        ["fashion-mnist"], list(ROWS)[1:], {
+        DATA, list(ROWS)[1:], {
             "distance-1-3": ("distance, blocks 1 to 3", INSIDE, "lower_distance"),
             "distance-4-6": ("blocks 4 to 6", INSIDE, "higher_distance"),
             "cka-1-3": ("CKA, blocks 1 to 3", INSIDE, "lower_cka"),
