@@ -4,8 +4,10 @@
     python finetune.py --init runs/0001/student.pth --data fashion-mnist
 
 Each is a class below, an encoder with whatever its loss needs; `forward` takes what `inputs` makes
-of a batch and returns the losses by name. Network, images, recipes, runs and k-NN are the core's,
-so that students differ in the method alone. Sizes of heads are ours, for images of 32 pixels.
+of a batch and returns the losses by name. Network, images, crops, recipes, runs and k-NN are the
+core's; what is the method's own is its views, weight decay and head, of our size for images of 32
+pixels. Not as in the papers: AdamW's beta2 (0.95), crops (from half of the image up), no blur, hue
+or solarisation; of DINO no small crops, gradient clipping or warm-up of the teacher's temperature.
 
 Letters as in dmae.py; e prototypes or width of an embedding, v views.
 """
@@ -22,7 +24,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 import dmae
-from data import require, seed_of, write
+from data import SmallSet, require, seed_of, write
 
 
 def mlp(*widths, activation=nn.GELU, batch_norm=False):
@@ -221,6 +223,8 @@ def pretrain(method, s):
     torch.manual_seed(s.seed)
     vit, (kind, count, decay) = dmae.new_vit(s.student, s), METHODS[method]
     train, test = run.open_data(vars(s), vit.config["image_size"], s.train_images)
+    require(count == 1 or isinstance(train, SmallSet), f"{method} contrasts two crops of an image, "
+            "and of files one is read: name a small set")
     require(method != "supervised" or train.labels is not None, "supervised needs classes")
     s.classes = len(train.classes)
     steps, _, _ = run.divide(len(train))

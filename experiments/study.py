@@ -74,8 +74,10 @@ ROWS = {
     "mocov3": ("MoCo-v3", "mocov3", ""),
     "dino": ("DINO", "dino", ""),
     "mae": ("MAE", "mae", ""),
+    "mae-rate": ("MAE, at D-MAE's learning rate", "mae", "--blr 2.4e-2"),
     "mae-time": ("MAE, for the time of D-MAE", "mae", "--epochs {time}"),
     "mae-long": ("MAE, for the time of D-MAE and teacher", "mae", "--epochs {long}"),
+    "mae-long-rate": ("MAE, for the time of both, at 6e-3", "mae", "--epochs {long} --blr 6e-3"),
     "dmae": ("D-MAE", "dmae", ""),
     "untrained": ("D-MAE, untrained teacher", "dmae", "--teacher @untrained-teacher"),
 }
@@ -271,7 +273,7 @@ def measure(s, data, row, seed, column, wanted=None):
     else:
         measured = {name: result[name] for name in MEASURED & result.keys()}
     # Runs of one command differ between machines: each line has the hashes of the files it is from.
-    files = [dmae.file_hash(word) for word in shlex.split(text) if Path(word).is_file()]
+    files = [dmae.file_hash(word) for word in shlex.split(text)[2:] if Path(word).is_file()]
     line = dict(data=data, row=row, seed=seed, column=column, **measured, commit=commit(),
                 threads=torch.get_num_threads(), amp=amp, command=text, files_sha256=files)
     with open(s.results, "a") as file:

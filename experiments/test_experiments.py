@@ -417,6 +417,7 @@ def test_rivals_refuse_what_does_not_suit_them(capsys):
                         ("not of a grid of 2 x 2", ["simmim", *small, "8"]),
                         ("not of a grid of 3 x 3", ["simmim", *small, "12"]),
                         ("must be 2 or more", ["mocov3", "--batch-size", "1"]),
+                        ("two crops of an image", ["dino", "--data", "mae", "--out", "files"]),
                         ("name a method first", ["mae"])):
         fails(rivals, words, argv, capsys)
 
