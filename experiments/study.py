@@ -98,7 +98,7 @@ TEACHERS = {
 }
 # The same small search for every method, and one more for DINOv2, whose scores are ten times as
 # large as an MAE's: flag, the values to choose from by `held-out`, seed 0, and which rows choose,
-# after `half` the epochs or all. (MAE is what others are compared with, and half chose too low.)
+# after `half` the epochs; of MAE, which the others are compared with, after all.
 SEARCHES = [("--blr", ("1.5e-3", "6e-3", "2.4e-2"), dict.fromkeys(METHODS, "half") | dict(
                 mae="epochs")),
             ("--alpha", ("0.01", "0.1", "1"), {"from-dinov2": "half"})]
