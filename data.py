@@ -69,8 +69,8 @@ class Source(Dataset):
         self.items = items.to(device) if isinstance(items, torch.Tensor) else items
         self.labels, self.classes, self.root = labels, classes, root
         self.size, self.crop_scale = list(size), row["crop_scale"]
-        self.mean, self.std = (torch.tensor(row[key], device=device).view(-1, 1, 1) * 255
-                               for key in ("mean", "std"))
+        # On the CPU: workers get a copy of all this, and have no use of a device.
+        self.mean, self.std = (torch.tensor(row[k]).view(-1, 1, 1) * 255 for k in ("mean", "std"))
         self.device, self.workers, self.seed = torch.device(device), workers, seed
         self.bicubic, self.policy, self.broken = 0.5, None, set()
 
@@ -87,7 +87,8 @@ class Source(Dataset):
 
     def normalise(self, images):
         """uint8 or float in 0..255 (b, c, H, W) -> float32, (x / 255 - mean) / std per channel."""
-        return (images.float() - self.mean) / self.std
+        mean, std = (x.to(images.device, non_blocking=True) for x in (self.mean, self.std))
+        return (images.float() - mean) / std
 
     def plain(self, indices, batch=100):
         """Yields (normalised images, labels or None), not augmented."""

@@ -123,8 +123,8 @@ class ViT(nn.Module):
 
         Returns (tokens, scores), dictionaries by block: tokens (b, 1 + k, c) after the blocks in
         `tokens_of`, 0 being the embedding; scores (b, h, 1 + k, 1 + k), float32, of those in
-        `scores_of`. It stops at the last block asked for; of that, if only its scores are, it
-        computes queries and keys alone."""
+        `scores_of`. It stops at the last block asked for, and if only scores are asked of that,
+        before its values and MLP."""
         last = max([0, *tokens_of, *scores_of])
         x, scores = self.embed(images, ids_keep), {}                                  # b 1+k c
         tokens = {0: x} if 0 in tokens_of else {}
@@ -186,12 +186,12 @@ class MAE(nn.Module):
         self.patches = math.prod(encoder.grid)
         require(0 <= self.decode_after <= encoder.depth, f"decode_after {decode_after}: there are "
                 f"{encoder.depth} blocks")
-        kept = self.patches * (1 - mask_ratio) + 1e-9                      # 1 - 0.9 is below 0.1
+        kept = self.patches * (1 - mask_ratio) + 1e-9         # 10 * (1 - 0.9) is 0.99... in floats
         require(1 <= kept < self.patches, f"mask ratio {mask_ratio}: of {self.patches} patches, "
                 "one must be visible and one hidden")
         self.kept = int(kept)
 
-        numbers = encoder.config["patch_size"] ** 2 * encoder.config["channels"]
+        pixels = encoder.config["patch_size"] ** 2 * encoder.config["channels"]        # of a patch
         self.decoder_embed = nn.Linear(encoder.width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         table = [torch.zeros(1, 1, decoder_width), sincos_positions(decoder_width, encoder.grid)]
@@ -199,7 +199,7 @@ class MAE(nn.Module):
         self.decoder_blocks = nn.ModuleList(
             [Block(decoder_width, decoder_heads) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_width, numbers)
+        self.decoder_pred = nn.Linear(decoder_width, pixels)
         for name, part in self.named_children():
             if name != "encoder":
                 initialise(part)
@@ -231,16 +231,16 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]                         # b n (p p ch)
 
     def target(self, images):
-        """The target (b, n, p * p * ch); each patch's mean and deviation, (b, n, 1)."""
-        target = self.encoder.patchify(images.float())
-        mean, std = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        return (target - mean) / std if self.norm_pix else target, mean, std
+        """What is to be predicted, (b, n, p * p * ch): each patch normalised by itself."""
+        patches = self.encoder.patchify(images.float())
+        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        return (patches - mean) / (variance + 1e-6).sqrt() if self.norm_pix else patches
 
     def reconstruction_loss(self, images, tokens, ids_keep):
         """Mean squared error over the hidden patches alone (MAE, section 3), in float32.
 
         tokens: (b, 1 + k, c) of block `decode_after`."""
-        prediction, (target, _, _) = self.decode(tokens, ids_keep), self.target(images)
+        prediction, target = self.decode(tokens, ids_keep), self.target(images)
         error = (prediction.float() - target).square().mean(dim=-1)                   # b n
         mask = torch.ones_like(error).scatter(1, ids_keep, 0)                         # 1 is hidden
         return (error * mask).sum() / mask.sum()
@@ -256,7 +256,7 @@ class DMAE(nn.Module):
     layers: pairs (student block, teacher block) from 1, by default the last of each. match: what is
     compared, with commas: "scores", the attention maps before the softmax, class token included
     (the paper's L_attn); "probs", after it; "hidden", the blocks' output tokens. mixer: an M for
-    each of these and each pair; without, numbers of heads, of "hidden" widths, must agree.
+    each of these and each pair; without M both must have as many heads, for "hidden" one width.
     decoupled: D2-MAE, an extra block of the student meets the teacher's last; build the student's
     MAE with an earlier decode_after. loss = L_mae + alpha * the sum of all L_attn. Raises
     InputError for settings that do not fit."""
@@ -278,7 +278,7 @@ class DMAE(nn.Module):
         self.__dict__["teacher"] = resize_grid(teacher, encoder.grid).requires_grad_(False).eval()
         self.mixers = nn.ParameterDict()
         for kind, (i, j) in itertools.product(self.match, self.layers if mixer else ()):
-            M = nn.Parameter(torch.empty(mixed(teacher, kind), mixed(encoder, kind)))    # t s
+            M = nn.Parameter(torch.empty(mixed(teacher, kind), mixed(encoder, kind)))         # t s
             nn.init.kaiming_uniform_(M, a=5**0.5)          # PyTorch's default for a 1x1 convolution
             self.mixers[f"{kind}:{i}:{j}"] = M
 
@@ -289,10 +289,10 @@ class DMAE(nn.Module):
         if ids_keep is None:
             noise = torch.rand(len(images), student.patches, device=images.device)
             ids_keep = student.choose(noise)                                                  # b k
-        ours, theirs = zip(*self.layers)
+        blocks, t_blocks = zip(*self.layers)
         attention, hidden = self.match != ["hidden"], "hidden" in self.match
         tokens, scores = encoder(images, ids_keep, tokens_of=range(encoder.depth + 1),
-                                 scores_of=ours if attention else ())
+                                 scores_of=blocks if attention else ())
         if self.extra is not None:
             q, k = self.extra.attn.queries_and_keys(self.extra.norm1(tokens[encoder.depth]))
             scores[encoder.depth + 1] = attention_scores(q, k)                    # b s 1+k 1+k
@@ -301,13 +301,13 @@ class DMAE(nn.Module):
         with torch.no_grad():                              # same image, same visible patches
             t_tokens, t_scores = self.teacher(
                 images_for(self.teacher, encoder, images), ids_keep,
-                tokens_of=theirs if hidden else (), scores_of=theirs if attention else ())
+                tokens_of=t_blocks if hidden else (), scores_of=t_blocks if attention else ())
 
         terms = dict.fromkeys(self.match, 0)
         for kind, (i, j) in itertools.product(self.match, self.layers):
-            A_S, A_T = (tokens, t_tokens) if kind == "hidden" else (scores, t_scores)
+            ours, theirs = (tokens, t_tokens) if kind == "hidden" else (scores, t_scores)
             M = self.mixers.get(f"{kind}:{i}:{j}")
-            terms[kind] = terms[kind] + self.distance(A_S[i], A_T[j], M, kind)
+            terms[kind] = terms[kind] + self.distance(ours[i], theirs[j], M, kind)
         return {"loss": mae + self.alpha * sum(terms.values()), "mae": mae, **terms}
 
     @staticmethod
@@ -369,9 +369,9 @@ def initialise(module):
 def resize_grid(vit, grid):
     """Bring a ViT's position table to another grid (rows, columns), in place; returns the ViT.
 
-    A sine-cosine table is computed anew, also one whose halves are swapped, as MoCo-v3 has it; a
-    learnt one is interpolated bicubically, as DINOv2's and Hugging Face's code does (timm's blurs
-    first). The class token's row stays."""
+    A sine-cosine table is computed anew, in half precision, too, and with its halves swapped, as
+    MoCo-v3 has it; a learnt one is interpolated bicubically, as DINOv2's and Hugging Face's code
+    does (timm's blurs first). The class token's row stays."""
     if tuple(grid) == vit.grid:
         return vit
     stored = vit.pos_embed.detach()
@@ -381,7 +381,7 @@ def resize_grid(vit, grid):
     for shift in (0, vit.width // 2):
         fixed, wanted = (sincos_positions(vit.width, sides).roll(shift, dims=-1).to(stored)
                          for sides in (vit.grid, grid))
-        if (stored[:, 1:] - fixed).abs().max() < 1e-4:
+        if (stored[:, 1:] - fixed).abs().max() < 3e-3:
             patches = wanted
     vit.pos_embed = nn.Parameter(torch.cat([stored[:, :1], patches], dim=1),
                                  requires_grad=vit.pos_embed.requires_grad)
@@ -403,9 +403,6 @@ def images_for(teacher, encoder, images):
     return (images - teacher.mean) / teacher.std
 
 
-MATCHES = ("scores", "probs", "hidden")
-
-
 def mixed(vit, kind):
     """How many M mixes of this ViT: heads, or of "hidden" the channels of the tokens."""
     return vit.width if kind == "hidden" else vit.config["heads"]
@@ -415,8 +412,8 @@ def check_distillation(model, teacher, layers, mixer, decoupled):
     """Raise InputError for settings of a DMAE that do not fit."""
     encoder, match = model.student.encoder, model.match
     ours, theirs = encoder.config["channels"], teacher.config["channels"]
-    require(set(match) <= set(MATCHES) and len(set(match)) == len(match), f"match "
-            f"{','.join(match)}: choose from {', '.join(MATCHES)}, with commas between")
+    require(set(match) <= {"scores", "probs", "hidden"} and len(set(match)) == len(match), f"match "
+            f"{','.join(match)}: choose from scores, probs, hidden, with commas between")
     require(not decoupled or not layers and "hidden" not in match, "the decoupled variant matches "
             "the scores of its extra block: not together with layers or with match hidden")
     for kind in match:
@@ -604,7 +601,8 @@ def fetch(path):
     """The path of a file; what is at an http address is downloaded into torch's cache, once."""
     if not re.match("https?://", str(path)):
         return Path(path)
-    file = Path(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "_", path) + Path(path).suffix)
+    suffix = Path(path.partition("?")[0]).suffix
+    file = Path(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "_", path) + suffix)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -708,7 +706,7 @@ def pretrain(s):
                                   betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
     run.parts = dict(model=model, optimizer=optimizer, scaler=run.scaler)
     done = run.load_checkpoint(train)
-    nothing = student.target(plain)[0].square().mean()
+    nothing = student.target(plain).square().mean()
     run.say(f"run {run.out}: {s.student} on {len(train):,} images of {s.data}, {student.kept} of "
             f"{student.patches} patches visible; {run.world} x {s.device}, amp {s.amp}\n"
             f"teacher: {teacher.description if teacher else 'none, plain MAE'}\n"
@@ -842,10 +840,15 @@ def settings_of(given, flags, source, defaults_for):
     source: the flag of the file that the run starts from, known by its hash if it has moved."""
     if "resume" not in given:
         defaults = {name: flag[0] for name, flag in flags.items()}
-        return argparse.Namespace(**defaults | defaults_for(given) | given)
-    out, movable = given["resume"], {"resume", source, "data", "data_dir", "workers"}
-    require(given.keys() <= movable, "--resume takes all settings from the run: leave out --"
-            + ", --".join(sorted(given.keys() - movable)).replace("_", "-"))
+        s = argparse.Namespace(**defaults | defaults_for(given) | given)
+        warmup = getattr(s, "warmup_epochs", None)
+        require(not warmup or warmup <= s.epochs, f"--warmup-epochs {warmup}: there are only "
+                f"{s.epochs} epochs")
+        return s
+    out, movable = given["resume"], {source, "data", "data_dir", "workers", "device", "micro_batch"}
+    fixed = sorted(given.keys() - movable - {"resume"})
+    require(not fixed, "--resume takes all settings from the run: leave out --"
+            + ", --".join(fixed).replace("_", "-"))
     try:
         saved = json.loads((Path(out) / "config.json").read_text())
         sha256, settings = saved[f"{source}_sha256"], saved["settings"] | given | dict(out=out)
@@ -869,9 +872,7 @@ def defaults_for(given):
     require(teacher != "none" or not about, f"--{', --'.join(about)}: not with --teacher none")
     if name == "shapes" and teacher != "none" and load_vit(teacher).width >= 512:
         row |= dict(train_images=4000, epochs=4)           # it costs far more than the student
-    epochs, warmup = given.get("epochs", row["epochs"]), given.get("warmup_epochs", 0)
-    require(warmup <= epochs, f"--warmup-epochs {warmup}: there are only {epochs} epochs")
-    return row | dict(warmup_epochs=epochs / 10)
+    return row | dict(warmup_epochs=given.get("epochs", row["epochs"]) / 10)
 
 
 def new_vit(preset, s):
@@ -1162,8 +1163,8 @@ def draw_pictures(out, model, images, before):
     prediction = student.decode(tokens[student.decode_after], ids_keep)
     patches = student.encoder.patchify(images)
     if student.norm_pix:               # each patch's true mean and deviation: it predicts neither
-        _, mean, std = student.target(images)
-        prediction = prediction * std + mean
+        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        prediction = prediction * (variance + 1e-6).sqrt() + mean
     mask = torch.ones_like(patches[..., :1]).scatter(1, ids_keep[..., None], 0)       # b n 1
     visible = patches * (1 - mask)
     panels = [as_rgb(student.encoder, student.encoder.unpatchify(panel))

@@ -51,7 +51,7 @@ class Classifier(dmae.ViT):
     """Mean of the last block's patch tokens -> fc_norm -> head. The class token is not read, the
     encoder's final norm dropped, the position table trained (paper, appendix). Names of parameters
     and initialisation (truncated normals of deviation 0.02) are those of timm's VisionTransformer
-    with global_pool="avg"."""
+    with global_pool="avg", but for today's timm's class token, which begins near 0."""
 
     def __init__(self, classes, **config):
         super().__init__(**config)
@@ -249,10 +249,8 @@ def defaults_for(given):
     whole = values.get("epochs", 1)
     if recipe == "small":                      # about as many steps with fewer labels
         values["epochs"] = min(100, round(whole / given.get("label_fraction", 1)))
-    epochs, warmup = given.get("epochs", values.get("epochs", 1)), given.get("warmup_epochs", 0)
-    require(warmup <= epochs, f"--warmup-epochs {warmup}: there are only {epochs} epochs")
     if "epochs" in values:                     # the warm-up keeps its share
-        values["warmup_epochs"] *= epochs / whole
+        values["warmup_epochs"] *= given.get("epochs", values["epochs"]) / whole
     return values
 
 
@@ -298,7 +296,7 @@ def open_labelled(run, vit):
 def evaluate(classifier, test, run):
     """Top-1, top-5 and cross-entropy on the whole test set; several processes share the work."""
     classifier.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=run.device)
+    sums = torch.zeros(4, device=run.device)            # whole numbers stay exact up to 2**24
     for images, labels in test.plain(torch.arange(len(test))[run.rank::run.world]):
         with run.autocast:
             logits = classifier.logits(images).float()
@@ -307,7 +305,8 @@ def evaluate(classifier, test, run):
         sums += torch.stack([best[:, 0].sum(), best.sum(), loss, labels.new_tensor(len(labels))])
     if run.world > 1:
         dist.all_reduce(sums)
-    return dict(zip(("top1", "top5", "test_loss"), (sums[:3] / sums[3]).tolist()))
+    *sums, count = sums.tolist()
+    return {name: x / count for name, x in zip(("top1", "top5", "test_loss"), sums)}
 
 
 def evaluate_file(s):
@@ -346,6 +345,7 @@ def begin(s):
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
     if s.batch_size:
         s.batch_size = min(s.batch_size, len(train))               # with few labels, all there are
+        require(s.mode != "linear" or s.batch_size > 1, "--mode linear needs batches of 2 or more")
         run.divide(len(train))
     run.open_folder()
     run.say(f"run {run.out}: {s.mode} on {s.data}, {len(train):,} images to train on, "
