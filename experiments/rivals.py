@@ -6,8 +6,8 @@
 Each is a class below, an encoder with whatever its loss needs; `forward` takes what `inputs` makes
 of a batch and returns the losses by name. Network, images, crops, recipes, runs and k-NN are the
 core's; what is the method's own is its views, weight decay and head, of our size for images of 32
-pixels. Not as in the papers: AdamW's beta2 (0.95), crops (from half of the image up), no blur, hue
-or solarisation; of DINO no small crops, gradient clipping or warm-up of the teacher's temperature.
+pixels. Not as in the papers: AdamW's beta2 (0.95), milder crops, no blur, hue or solarisation; of
+DINO no small crops, gradient clipping or warm-up of the teacher's temperature.
 
 Letters as in dmae.py; e prototypes or width of an embedding, v views.
 """

@@ -74,7 +74,7 @@ ROWS = {
     "mocov3": ("MoCo-v3", "mocov3", ""),
     "dino": ("DINO", "dino", ""),
     "mae": ("MAE", "mae", ""),
-    "mae-rate": ("MAE, at D-MAE's learning rate", "mae", "--blr 2.4e-2"),
+    "mae-rate": ("MAE, at D-MAE's learning rate", "mae", f"--blr {METHODS['dmae'][1]}"),
     "mae-time": ("MAE, for the time of D-MAE", "mae", "--epochs {time}"),
     "mae-long": ("MAE, for the time of D-MAE and teacher", "mae", "--epochs {long}"),
     "mae-long-rate": ("MAE, for the time of both, at 6e-3", "mae", "--epochs {long} --blr 6e-3"),
