@@ -159,8 +159,8 @@ RECIPES = {
     "scenes": dict(                                                   # sized for two CPU cores
         epochs=3, batch_size=16, blr=1.6e-2, jitter=(0.75, 1.33), image_size=64, patch_size=4,
         model="slim", width=32, anchor=8, options=dict(
-            rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64,
-            box_batch_size_per_image=64, box_detections_per_img=20)),
+            rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64,
+            box_batch_size_per_image=32, box_detections_per_img=20)),
     "coco": dict(                                        # the authors', but for the heads
         epochs=100, batch_size=64, blr=4e-4, jitter=(0.1, 2.0), image_size=640, patch_size=16,
         model="tiny", width=256, anchor=32, options={}),
