@@ -234,7 +234,7 @@ def train(s):
     workers = s.workers if run.device.type == "cuda" else 0      # a CPU's cores are busy with steps
     run.say(f"run {run.out}: {s.init} on {len(data):,} images of {s.data}, {len(test):,} to test "
             f"on, {len(data.classes)} categories; {total} steps")
-    tested = range(s.epochs, 0, -math.ceil(3 * len(test) / len(data)))
+    tested = range(s.epochs, 0, -math.ceil(6 * len(test) / len(data)))   # 1 test image for 6
     for epoch in range(done, s.epochs):
         model.train()
         torch.manual_seed(seed_of(s.seed, epoch))          # of crops, and of boxes to learn from
