@@ -3,10 +3,13 @@
     python -m experiments.detect --init runs/0001/student.pth           # on scenes, drawn here
     python -m experiments.detect --init dmae_tiny.pth --data coco       # as the paper; not run
 
-The pyramid is ViTDet's (Li et al. 2022, arXiv 2203.16527), what follows torchvision's MaskRCNN.
+The pyramid of feature maps is ViTDet's (Li et al. 2022, arXiv 2203.16527), what follows is
+torchvision's MaskRCNN: a proposal network (rpn) finds boxes in which something may be; of each, one
+head tells what it is and corrects the box, another draws its mask. The log has the losses of each.
 Scenes and COCO come through one loader, in the layout that COCO is published in: train2017/,
-val2017/, annotations/instances_train2017.json and instances_val2017.json. AP is pycocotools'
-(pip install pycocotools).
+val2017/, annotations/instances_train2017.json and instances_val2017.json. AP, by pycocotools (pip
+install pycocotools), is the mean of average precisions in which a find counts if it overlaps the
+truth by 50, 55, ... 95 % (AP50: by 50 %). Results: DETECTION.md.
 """
 
 import argparse
@@ -22,8 +25,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
-from torchvision.models import detection
 from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection import MaskRCNN, faster_rcnn, mask_rcnn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import box_convert
+from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -51,8 +57,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.vit, self.out_channels, self.autocast = vit, width, autocast
         self.levels, p = nn.ModuleList(), vit.config["patch_size"]
-        require(p in (1, 2, 4, 8, 16, 32), f"patches of {p} pixels: detection needs a power of two")
-        for stride in (4, 8, 16, 32):
+        for stride in (4, 8, 16, 32):       # of patches of 16: enlarged twice, once, as is, pooled
             c, steps = vit.width, [nn.MaxPool2d(stride // p)] if stride > p else []
             for _ in range(int(math.log2(max(1, p / stride)))):
                 steps += [LayerNorm2d(c), nn.GELU()] if steps else []
@@ -71,21 +76,24 @@ class Pyramid(nn.Module):
         return {str(i): x for i, x in enumerate([*maps, F.max_pool2d(maps[-1], 1, 2)])}
 
 
-class Detector(detection.MaskRCNN):
-    """Mask R-CNN on a `Pyramid`, its heads as wide. The finest map's anchors have sides of `anchor`
-    pixels, each coarser one's of twice as many."""
+class Detector(MaskRCNN):
+    """Mask R-CNN on a `Pyramid`, its heads as wide. The finest map's anchors, the boxes that are
+    corrected into proposals, have sides of `anchor` pixels, each coarser one's of twice as many."""
 
     def __init__(self, vit, classes, width, anchor, autocast, **options):
-        side, boxes, masks = vit.config["image_size"][0], detection.faster_rcnn, detection.mask_rcnn
+        side = vit.config["image_size"][0]
         super().__init__(
             Pyramid(vit, width, autocast), min_size=side, max_size=side, size_divisible=side,
             image_mean=vit.config["mean"], image_std=vit.config["std"],
-            rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(
+            rpn_anchor_generator=AnchorGenerator(
                 [(anchor * 2 ** i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5),
-            box_head=boxes.TwoMLPHead(width * 7 ** 2, 4 * width),
-            box_predictor=boxes.FastRCNNPredictor(4 * width, 1 + classes),
-            mask_head=masks.MaskRCNNHeads(width, [width] * 4, 1),
-            mask_predictor=masks.MaskRCNNPredictor(width, width, 1 + classes), **options)
+            box_head=faster_rcnn.TwoMLPHead(width * 7 ** 2, 4 * width),
+            box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, 1 + classes),
+            mask_head=mask_rcnn.MaskRCNNHeads(width, [width] * 4, 1),
+            mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, 1 + classes), **options)
+        # torchvision would guess these by the first image, wrongly from one that is padded.
+        for pool in (self.roi_heads.box_roi_pool, self.roi_heads.mask_roi_pool):
+            pool.scales, pool.map_levels = [1 / 4, 1 / 8, 1 / 16, 1 / 32], initLevelMapper(2, 5)
 
     def forward(self, images, targets=None):
         """images: (3, height, width) in 0 to 1 each; targets: {"boxes", "labels", "masks"} each. In
@@ -108,8 +116,8 @@ def detect(model, data, workers=0):
     results = []
     for batch in DataLoader(data, 16, num_workers=workers, collate_fn=list):
         for (_, target), found in zip(batch, model([image for image, _ in batch]), strict=True):
-            boxes = TF.convert_bounding_box_format(found["boxes"].cpu(), "xyxy", "xywh").tolist()
-            codes = map(encoded, found["masks"][:, 0].cpu() > 0.5)
+            boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+            codes = map(encoded, (found["masks"][:, 0] > 0.5).cpu())
             results += [dict(image_id=target["image_id"], category_id=label, bbox=box, score=score,
                              segmentation=code) for label, score, box, code in zip(
                         found["labels"].tolist(), found["scores"].tolist(), boxes, codes)]
@@ -136,7 +144,8 @@ COLOURS = "red lime blue yellow magenta cyan orange purple white black".split() 
 
 @torch.no_grad()
 def draw(model, data, out):
-    """detection_1.png to detection_4.png: an image's truth; what is found with scores from 0.5."""
+    """detection_1.png to detection_4.png: left the truth, right what is found with scores from
+    0.5."""
     model.eval()
     for i, (image, target) in zip(range(4), data):
         found, panels = model([image])[0], []
@@ -169,7 +178,7 @@ FLAGS = {
     "init": (None, "FILE", "weights of a ViT, x.pth or x.pth:3 to give its heads; none: scratch"),
     "data": ("scenes", "DIR", "a folder in COCO's layout; scenes are drawn, into --data-dir"),
     "train_images": (None, (int, 1, 10**9), "use only so many, the same ones for every seed [all]"),
-    "image_size": (None, (int, 32, 4096), "the longer side is brought to it [recipe]"),
+    "image_size": (None, (int, 64, 4096), "the longer side is brought to it [recipe]"),
     "epochs": (None, (int, 1, 10**6), "over the training images [recipe]"),
     "batch_size": (None, (int, 1, 10**9), "images an update [recipe]"),
     "blr": (None, (float, 0, 1e9), "the learning rate is blr * batch / 256 [recipe]"),
@@ -184,7 +193,8 @@ def defaults_for(given):
 
 
 def learning_rate(step, total, peak):
-    """Warm-up over 250 steps, at most a tenth of all; a tenth from 24/27 on, of that from 26/27."""
+    """Warm-up over 250 steps, at most a tenth of all; a tenth of the peak from 24/27 of all steps
+    on, a hundredth from 26/27 on."""
     return peak * min(1, (step + 1) / max(1, min(250, total // 10))) * 0.1 ** sum(
         step >= part * total / 27 for part in (24, 26))
 
@@ -196,16 +206,17 @@ def open_encoder(s):
     vit = (dmae.new_vit(s.model, argparse.Namespace(**row | vars(s))) if s.init == "none"
            else dmae.load_vit(s.init))
     p = vit.config["patch_size"]
+    require(32 % p == 0, f"--init {s.init}: patches of {p} pixels, not a power of two up to 32")
     require(vit.config["channels"] == 3, f"--init {s.init} is for grey images: take another")
-    require(s.image_size % math.lcm(32, p) == 0, f"--image-size {s.image_size}: take a multiple of "
-            f"{math.lcm(32, p)}")
+    require(s.image_size % 64 == 0, f"--image-size {s.image_size}: take a multiple of 64")
     dmae.resize_grid(vit, [s.image_size // p] * 2)
     vit.pos_embed.requires_grad_(True)
     return vit
 
 
 def train(s):
-    """One run; its folder gets pictures, too, and the model is in checkpoint.pth. Returns the last
+    """One run; its folder gets pictures, too, and the model is in checkpoint.pth. AP is measured
+    after each epoch, of less than six images for each to test on after several. Returns the last
     line of the log."""
     began, run = time.perf_counter(), dmae.Run(s, "init")
     require(run.world == 1, "detection takes one process")
@@ -214,11 +225,12 @@ def train(s):
         root = Path(s.data_dir, "scenes")
         write_scenes(root, "train", 4000, seed=0)
         write_scenes(root, "val", 500, seed=1)
-    grey = {tv_tensors.Image: 0.5, "others": 0}                        # what is beyond the image
+    mean = {tv_tensors.Image: vit.config["mean"], "others": 0}         # what is beyond the image
     data = open_coco(
         root, "train", v2.RandomHorizontalFlip(), v2.ScaleJitter((side, side), s.jitter),
-        v2.RandomCrop(side, fill=grey, pad_if_needed=True), v2.SanitizeBoundingBoxes())
-    run.sources = _, test = data, open_coco(root, "val")
+        v2.RandomCrop(side, fill=mean, pad_if_needed=True), v2.SanitizeBoundingBoxes())
+    test = open_coco(root, "val")
+    run.sources = data, test
     require(data.classes == test.classes, f"--data {root}: train and val differ in categories")
     require((s.train_images or 0) <= len(data), f"--train-images: there are only {len(data)}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
@@ -234,7 +246,7 @@ def train(s):
     workers = s.workers if run.device.type == "cuda" else 0      # a CPU's cores are busy with steps
     run.say(f"run {run.out}: {s.init} on {len(data):,} images of {s.data}, {len(test):,} to test "
             f"on, {len(data.classes)} categories; {total} steps")
-    tested = range(s.epochs, 0, -math.ceil(6 * len(test) / len(data)))   # 1 test image for 6
+    tested = range(s.epochs, 0, -math.ceil(6 * len(test) / len(data)))
     for epoch in range(done, s.epochs):
         model.train()
         torch.manual_seed(seed_of(s.seed, epoch))          # of crops, and of boxes to learn from
@@ -243,14 +255,16 @@ def train(s):
                 data, batch_sampler=dmae.epoch_order(len(data), s, epoch).tolist(),
                 num_workers=workers, collate_fn=list)):
             lr = learning_rate(epoch * steps + i, total, peak)
-            meter.add(dmae.train_step(model, optimizer, run.scaler, lr, [list(zip(*batch))],
-                                      len(batch), contextlib.nullcontext()))
+            pieces = [list(zip(*batch))]                       # one: (images, targets)
+            meter.add(dmae.train_step(model, optimizer, run.scaler, lr, pieces, len(batch),
+                                      contextlib.nullcontext()))             # Pyramid has its own
         line = meter.line(optimizer)
         if epoch + 1 in tested:
             line |= average_precision(test.coco, detect(model, test, workers))
         run.record(line | dict(minutes=before + (time.perf_counter() - began) / 60))
         run.save_checkpoint(data)
     draw(model, test, run.out)
+    run.say(f"{run.out}: detection_1.png to detection_4.png, left the truth, right what is found")
     return run.log[-1]
 
 

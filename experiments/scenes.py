@@ -31,6 +31,7 @@ def open_coco(root, split, *transforms):
             x["category_id"] = numbers[x["category_id"]]
             require(x["image_id"] in data.coco.imgs and x["area"] >= 0 and len(x["bbox"]) == 4
                     and x["segmentation"], f"its annotation {x['id']} is incomplete")
+            x["bbox"] = [float(side) for side in x["bbox"]]   # torchvision truncates integers
         content["categories"] = [dict(id=numbers[i], name=name) for i, name in names.items()]
         if split == "train":
             content["annotations"] = [x for x in content["annotations"] if not x["iscrowd"]]
@@ -38,7 +39,8 @@ def open_coco(root, split, *transforms):
             data.coco.createIndex()
         lost = {x["file_name"] for x in data.coco.imgs.values()} - files
         require(not lost, f"{len(lost)} images are not there, among them {min(lost, default='')}")
-        require(content["annotations"], "it has no objects")
+        require(all(x["height"] > 0 < x["width"] for x in content["images"]), "an image is empty")
+        require(any(not x["iscrowd"] for x in content["annotations"]), "it has no objects")
         data.ids = sorted(data.coco.imgToAnns if split == "train" else data.coco.imgs)
     except (InputError, OSError, ValueError, LookupError, TypeError, AssertionError) as error:
         reason = error if isinstance(error, InputError) else repr(error)

@@ -537,6 +537,19 @@ def test_the_pyramid_has_strides_of_4_to_64_and_every_patch_in_its_place(patch):
         low <= place <= high for at in changed.tolist() for place, (low, high) in zip(at, inside))
 
 
+def test_the_first_image_may_be_flat():
+    """torchvision infers the strides of the maps from the first image that it sees."""
+    vit, found = ViT(64, 4, 3, 16, 1, 2), []
+    for shape in ((3, 24, 64), (3, 64, 64)):
+        torch.manual_seed(0)
+        model = detect.Detector(vit, 2, 8, 8, contextlib.nullcontext(), box_score_thresh=0).eval()
+        for size in (shape, (3, 64, 64)):
+            torch.manual_seed(1)
+            boxes = model([torch.rand(size)])[0]["boxes"]
+        found.append(boxes)
+    assert len(found[0]) and torch.equal(*found)
+
+
 def test_scenes_have_exact_boxes_and_ap_is_right_of_perfect_and_of_empty_results():
     pytest.importorskip("pycocotools")
     from experiments import scenes
@@ -589,8 +602,10 @@ def test_detection_learns_scenes_and_goes_on_where_it_was_stopped(monkeypatch, c
     assert {n: x for n, x in again.items() if "second" not in n and n != "minutes"} == {
         n: x for n, x in whole.items() if "second" not in n and n != "minutes"}
     dmae.save_student(Path("grey.pth"), MAE(ViT(32, 4, 1, 16, 2, 2), 16, 1, 2))
+    dmae.save_student(Path("fourteen.pth"), MAE(ViT(28, 14, 3, 16, 2, 2), 16, 1, 2))
     for words, bad in (("--init is missing", []), ("for grey images", ["--init", "grey.pth"]),
-                       ("a multiple of 32", ["--init", "s.pth", "--image-size", "40"]),
+                       ("a multiple of 64", ["--init", "s.pth", "--image-size", "96"]),
+                       ("not a power of two", ["--init", "fourteen.pth"]),
                        ("as COCO has it", ["--init", "s.pth", "--data", "nowhere"]),
                        ("more than the 40", ["--init", "none", "--batch-size", "64"])):
         fails(detect, words, bad, capsys)
@@ -619,7 +634,7 @@ def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps(capsys):
     assert target["boxes"].tolist() == [[8, 4, 40, 28]] and target["labels"].tolist() == [2]
     assert target["masks"].sum() == 32 * 24
     dmae.save_student(Path("s.pth"), MAE(ViT(32, 16, 3, 16, 2, 2), 16, 1, 2))
-    result = detect.main(["--init", "s.pth", "--data", "coco", "--image-size", "32", "--epochs",
+    result = detect.main(["--init", "s.pth", "--data", "coco", "--image-size", "64", "--epochs",
                           "1", "--batch-size", "1", "--out", "run"])
     assert 0 <= result["box_ap"] <= 100 and Path("run/detection_3.png").exists()
     file = Path("coco/annotations/instances_train2017.json")
@@ -630,6 +645,10 @@ def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps(capsys):
             ("KeyError('area')", good | dict(annotations=[incomplete])),
             ("among them gone.jpg", good | dict(
                 images=[*good["images"], dict(id=2, file_name="gone.jpg")])),
+            ("could not convert", good | dict(
+                annotations=[good["annotations"][0] | dict(bbox="left")])),
+            ("KeyError('height')", good | dict(images=[
+                {n: x[n] for n in x if n != "height"} for x in good["images"]])),
             ("no objects", good | dict(annotations=[])), ("AssertionError", [])):
         file.write_text(json.dumps(bad))
         fails(detect, words, ["--init", "s.pth", "--data", "coco", "--out", "bad"], capsys)
