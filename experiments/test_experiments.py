@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.ops import masks_to_boxes
+from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
+from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.transforms import v2
 
 import data
 import dmae
@@ -577,6 +579,18 @@ def test_scenes_have_exact_boxes_and_ap_is_right_of_perfect_and_of_empty_results
         x["bbox"] = [x["bbox"][0] + x["bbox"][2] / 5, *x["bbox"][1:]]
     moved = detect.average_precision(drawn.coco, results)
     assert moved["box_ap50"] == pytest.approx(100) and moved["box_ap"] == pytest.approx(40)
+    # What the mask head is taught, 28 x 28 pixels of an image of 64, pasted back by torchvision.
+    results, shrunk = [], scenes.open_coco("a", "train", v2.Resize(64))
+    for (_, target), (_, small) in zip(drawn, shrunk, strict=True):
+        taught = project_masks_on_boxes(
+            small["masks"], small["boxes"], torch.arange(len(small["boxes"])), 28)
+        pasted = paste_masks_in_image(taught[:, None], target["boxes"], (96, 96))[:, 0] > 0.5
+        results += [dict(image_id=target["image_id"], category_id=label, bbox=box, score=1.0,
+                         segmentation=scenes.encoded(mask)) for label, box, mask in zip(
+            target["labels"].tolist(), box_convert(target["boxes"], "xyxy", "xywh").tolist(),
+            pasted)]
+    found = detect.average_precision(drawn.coco, results)
+    assert found["box_ap"] == pytest.approx(100) and 65 < found["mask_ap"] < 95
 
 
 def test_detection_learns_scenes_and_goes_on_where_it_was_stopped(monkeypatch, capsys):
