@@ -62,6 +62,15 @@ def run(path, lines, key, command, out):
         "".join(json.dumps(line) + "\n" for line in lines)))
 
 
+def summary(values, seeds):
+    """Mean ± deviation, and behind it how many values there are if not `seeds`; "" of none."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    few = "" if len(values) == seeds else f" ({len(values)})"
+    return f"{statistics.mean(values):.1f}{spread}{few}"
+
+
 def table(lines):
     """The README's table, in Markdown: mean ± deviation over seeds, in percent, and behind it how
     many seeds there are if not all."""
@@ -70,11 +79,7 @@ def table(lines):
     def cell(row, column, name="top1", unit=100):
         values = [unit * line[name] for line in lines
                   if (line["row"], line["column"]) == (row, column) and name in line]
-        if not values:
-            return ""
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        few = "" if len(values) == seeds else f" ({len(values)})"
-        return f"{statistics.mean(values):.1f}{spread}{few}"
+        return summary(values, seeds)
 
     yield "| pre-training | minutes | k-NN | 1 % of the labels | all labels |"
     yield "|---|---|---|---|---|"

@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 import shutil
 import statistics
 import time
@@ -36,35 +35,30 @@ import dmae
 import finetune
 from data import InputError, require
 from experiments import analyze, detect, first_run, rivals
-from experiments.first_run import commit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "study.jsonl"
 
-MEASURED = {"top1", "box_ap", "box_ap50", "mask_ap", "mask_ap50", "lower_distance",
-            "higher_distance", "lower_cka", "higher_cka", "minutes"}
-
 # ================================================================================= what is compared
 
-# How each method is started, and its learning rate: what `held-out` chose on Fashion-MNIST. Below,
-# @NAME is the student.pth of row NAME, of seed 0, {…} from DATA.
+# How each method is started, and its flags, unless a row has its own; the learning rates are what
+# `held-out` chose on Fashion-MNIST. @NAME is the student.pth of row NAME, of seed 0, {…} from DATA.
 METHODS = {
-    "supervised": ("-m experiments.rivals supervised", "6e-3"),
-    "simmim": ("-m experiments.rivals simmim", "6e-3"),
-    "mocov3": ("-m experiments.rivals mocov3", "1.5e-3"),
-    "dino": ("-m experiments.rivals dino", "2.4e-2"),
-    "mae": ("dmae.py --teacher none", "1.5e-3"),
-    "dmae": ("dmae.py", "2.4e-2"),
+    "supervised": ("-m experiments.rivals supervised", {"--blr": "6e-3"}),
+    "simmim": ("-m experiments.rivals simmim", {"--blr": "6e-3"}),
+    "mocov3": ("-m experiments.rivals mocov3", {"--blr": "1.5e-3"}),
+    "dino": ("-m experiments.rivals dino", {"--blr": "2.4e-2"}),
+    "mae": ("dmae.py --teacher none", {"--blr": "1.5e-3"}),
+    "dmae": ("dmae.py", {"--blr": "2.4e-2", "--teacher": "{teacher}"}),
 }
 # Of each data set: epochs of 120,000 images; of the search; of MAE in the `time` of D-MAE, and as
 # `long` as D-MAE and its teacher, by speeds measured side by side on Fashion-MNIST; images, how
 # many are held out; teacher.
 DATA = {
-    "fashion-mnist": dict(
-        epochs=2, half=1, time=3, long=47, train=60_000, held=5_000, teacher="@teacher"),
-    "shapes": dict(
-        epochs=6, half=3, time=9, long=230, train=20_000, held=2_000,
-        teacher="weights/shapes_teacher.pth"),
+    "fashion-mnist": dict(epochs=2, half=1, time=3, long=47, train=60_000, held=5_000,
+                          teacher="@teacher"),
+    "shapes": dict(epochs=6, half=3, time=9, long=230, train=20_000, held=2_000,
+                   teacher="weights/shapes_teacher.pth"),
 }
 # The rows: what the table says, the method, flags that come before those from DATA.
 ROWS = {
@@ -74,7 +68,7 @@ ROWS = {
     "mocov3": ("MoCo-v3", "mocov3", ""),
     "dino": ("DINO", "dino", ""),
     "mae": ("MAE", "mae", ""),
-    "mae-rate": ("MAE, at D-MAE's learning rate", "mae", f"--blr {METHODS['dmae'][1]}"),
+    "mae-rate": ("MAE, at D-MAE's learning rate", "mae", f"--blr {METHODS['dmae'][1]['--blr']}"),
     "mae-time": ("MAE, for the time of D-MAE", "mae", "--epochs {time}"),
     "mae-long": ("MAE, for the time of D-MAE and teacher", "mae", "--epochs {long}"),
     "mae-long-rate": ("MAE, for the time of both, at 6e-3", "mae", "--epochs {long} --blr 6e-3"),
@@ -97,24 +91,24 @@ TEACHERS = {
     "untrained-teacher": ("untrained teacher", "mae", "--student mini --epochs 0"),
 }
 # The same small search for every method, and one more for DINOv2, whose scores are ten times as
-# large as an MAE's: flag, the values to choose from by `held-out`, seed 0, and which rows choose,
-# after `half` the epochs; of MAE, which the others are compared with, after all.
-SEARCHES = [("--blr", ("1.5e-3", "6e-3", "2.4e-2"), dict.fromkeys(METHODS, "half") | dict(
-                mae="epochs")),
-            ("--alpha", ("0.01", "0.1", "1"), {"from-dinov2": "half"})]
+# large as an MAE's: flag, which rows choose, the values to choose from by `held-out`, seed 0, after
+# `half` the epochs; of MAE, which the others are compared with, after all.
+SEARCHES = [("--blr", METHODS, ("1.5e-3", "6e-3", "2.4e-2")),
+            ("--alpha", ["from-dinov2"], ("0.01", "0.1", "1"))]
 SEARCH = {f"{row}@{value}": (f"{title}, {flag[2:]} {value}", method, f"{flags} {flag} {value} "
-                             f"--epochs {{{length}}} --train-images {{unseen}}".strip())
-          for flag, values, rows in SEARCHES for row, length in rows.items() for value in values
+                             f"--epochs {length} --train-images {{unseen}}".strip())
+          for flag, rows, values in SEARCHES for row in rows for value in values
+          for length in ["{epochs}" if row == "mae" else "{half}"]
           for title, method, flags in [(ROWS | VARIANTS)[row]]}
 ALL_ROWS = ROWS | VARIANTS | TEACHERS | SEARCH
 
 # The tables: title, the data sets and rows they are of; columns: what they say, the program and its
-# flags, and which number of its result counts. {start} is the student, {tuned} the model that its
-# column `all` leaves, {rival} the supervised network of another seed.
+# flags, and which number of its result counts. {start} is the student, for a column tuned-… the
+# model that column `all` leaves, {rival} the supervised network of another seed.
 FEW = "finetune.py --init {start} --label-fraction 0.01"
 ALL = "finetune.py --init {start} --epochs 1"
 SCENES = "-m experiments.detect --init {start} --data scenes"
-INSIDE, TUNED = "-m experiments.analyze {start} {rival}", "-m experiments.analyze {tuned}"
+INSIDE, TUNED = "-m experiments.analyze {start} {rival}", "-m experiments.analyze {start}"
 TOP1 = {
     "knn": ("k-NN", "finetune.py --init {start} --mode knn --bank 10000", "top1"),
     "linear": ("linear", "finetune.py --init {start} --mode linear", "top1"),
@@ -147,29 +141,31 @@ TABLES = {
         "boxes": ("boxes, all scenes", SCENES, "box_ap"),
         "masks": ("masks, all scenes", SCENES, "mask_ap")}),
 }
-COLUMNS = {name: column for _, _, columns in TABLES.values() for name, column in columns.items()}
-FIRST = ("knn", "linear", "1%")
+# `pretrain`, whose flags are of the row, and `held-out` are in tables of their own.
+COLUMNS = {"pretrain": ("minutes", "", "minutes"), "held-out": TOP1["linear"]} | {
+    name: column for _, _, columns in TABLES.values() for name, column in columns.items()}
+KEPT = {key for _, _, key in COLUMNS.values()} | {"box_ap50", "mask_ap50"}          # of a result
 
 # The paper's results with ViT-Tiny: fine-tuned on Pets and on Flowers.
 PAPER = {"scratch": (26.1, 30.2), "supervised": (93.1, 96.4), "simmim": (68.9, 77.2),
          "mocov3": (87.8, 94.8), "dino": (89.3, 95.6), "mae": (76.5, 85.8), "dmae": (89.1, 95.2)}
 
+LEFT_BY = {}                # {file: the cell whose run leaves it}, of all that commands start from
+
 
 def command(data, row, seed, column):
     """What a cell runs, without its folder and where data lie: this text is what it is known by."""
-    title, method, flags = ALL_ROWS[row]
-    setting = DATA[data] | dict(unseen=DATA[data]["train"] - DATA[data]["held"])
     if column == "pretrain":
-        start, blr = METHODS[method]
-        own = {"--epochs": setting["epochs"], "--batch-size": 128, "--blr": blr}
-        own |= {"--teacher": setting["teacher"]} if method == "dmae" else {}
+        _, method, flags = ALL_ROWS[row]
+        setting = DATA[data] | dict(unseen=DATA[data]["train"] - DATA[data]["held"])
+        start, own = METHODS[method]
+        own = {"--epochs": "{epochs}", "--batch-size": 128} | own
         own = " ".join(f"{name} {own[name]}" for name in own if name not in flags.split())
         text = f"{start} {own} {flags}".strip().format(**setting)
     else:
-        text = COLUMNS["linear" if column == "held-out" else column][1].format(
-            start="none" if row == "scratch" else student(data, row, seed),
-            tuned=column.startswith("tuned") and tuned(data, row, seed),
-            rival=student(data, "supervised", (seed + 1) % 3))
+        start = student(data, row, seed, "all" if column.startswith("tuned") else "pretrain")
+        rival = student(data, "supervised", (seed + 1) % 3)
+        text = COLUMNS[column][1].format(start=start, rival=rival)
     text = re.sub(r"@([\w-]+)", lambda match: student(data, match[1], 0), text)
     return f"python {text} --seed {seed}" + f" --data {data}" * ("--data" not in text)
 
@@ -179,53 +175,51 @@ def folder(text):
     return f"runs/comparison/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def student(data, row, seed):
-    return f"{folder(command(data, row, seed, 'pretrain'))}/student.pth"
-
-
-def tuned(data, row, seed):
-    return f"{folder(command(data, row, seed, 'all'))}/model.pth"
+def student(data, row, seed, column="pretrain"):
+    """The file that others start from: a student, or with column `all` what has become of it."""
+    if (row, column) == ("scratch", "pretrain"):
+        return "none"
+    name = "student.pth" if column == "pretrain" else "model.pth"
+    file = f"{folder(command(data, row, seed, column))}/{name}"
+    LEFT_BY[file] = data, row, seed, column
+    return file
 
 
 # ============================================================================================= runs
 
 
-def held_out(argv, count):
+def held_out(argv):
     """What finetune.py does for --mode linear, but on training images alone: tested on the last
-    `count` in the order in which --train-images takes them."""
-    began = time.perf_counter()
+    `held` of DATA in the order in which --train-images takes them."""
     with dmae.command_line("finetune.py", finetune.FLAGS, argv) as given:
         s = dmae.settings_of(given, finetune.FLAGS, "init", finetune.defaults_for)
         run, vit, train, _ = finetune.begin(s)
         features = partial(dmae.pooled_features, vit.to(run.device))
         x, y = dmae.features_of(run, train, torch.arange(len(train)), features)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        count = DATA[s.data]["held"]
         rest, test = order[:-count], order[-count:]
         s.batch_size = min(s.batch_size, len(rest))
-        line = finetune.linear_probe(s, (x[rest], y[rest]), (x[test], y[test]))
-        run.record(line | dict(minutes=(time.perf_counter() - began) / 60))
+        run.record(finetune.linear_probe(s, (x[rest], y[rest]), (x[test], y[test])))
         return run.log[-1]
 
 
 def inside(argv):
     """Of the first encoder that experiments.analyze looks at: attention distance in pixels, and CKA
     of its blocks' outputs with those of a second one, in percent; lower half and higher."""
-    began, numbers = time.perf_counter(), analyze.main(argv)
+    numbers = analyze.main(argv)
     model, *rival = numbers["models"]
     values = dict(distance=[model["patch_size"] * statistics.mean(x) for x in model["distance"]])
     if rival:
         between = numbers["cka"][f"{rival[0]['name']} | {model['name']}"]
         values["cka"] = [100 * row[i] for i, row in enumerate(between)][1:]
-    found, half = {}, len(model["distance"]) // 2
-    for name, x in values.items():
-        found |= {f"lower_{name}": statistics.mean(x[:half]),
-                  f"higher_{name}": statistics.mean(x[half:])}
-    return found | dict(minutes=(time.perf_counter() - began) / 60)
+    half = len(model["distance"]) // 2
+    return {f"{part}_{name}": statistics.mean(x[blocks]) for name, x in values.items()
+            for part, blocks in (("lower", slice(half)), ("higher", slice(half, None)))}
 
 
-PROGRAMS = {"dmae.py": dmae.main, "finetune.py": finetune.main,
-            "-m experiments.rivals": rivals.main, "-m experiments.detect": detect.main,
-            "-m experiments.analyze": inside}
+PROGRAMS = {"dmae.py": dmae.main, "finetune.py": finetune.main, "experiments.rivals": rivals.main,
+            "experiments.detect": detect.main, "experiments.analyze": inside}
 
 
 def read(path):
@@ -246,38 +240,37 @@ def measure(s, data, row, seed, column, wanted=None):
     text = command(data, row, seed, column)
     if any(line["command"] == text for line in read(s.results)) and Path(wanted or ".").exists():
         return
-    if f" {tuned(data, row, seed)}" in text:
-        measure(s, data, row, seed, "all", tuned(data, row, seed))
-    for other, at in [(row, seed), *itertools.product(ALL_ROWS, range(3))]:
-        if ALL_ROWS[other][1] and f" {student(data, other, at)}" in text:
-            measure(s, data, other, at, "pretrain", student(data, other, at))
-    out, start = Path(folder(text)), next(x for x in PROGRAMS if text.startswith(f"python {x} "))
-    argv = shlex.split(text.removeprefix(f"python {start} "))
+    for word in text.split():
+        if word in LEFT_BY:
+            measure(s, *LEFT_BY[word], wanted=word)
+    out = Path(folder(text))
+    name, *argv = text.removeprefix("python ").removeprefix("-m ").split()
     method = argv[:argv[0] in rivals.METHODS]                            # one word, or none
     print(f"--- {data}, {row}, seed {seed}, {column}: {text}", flush=True)
-    program = PROGRAMS[start]
-    if column == "held-out":
-        program = partial(held_out, count=DATA[data]["held"])
+    program = held_out if column == "held-out" else PROGRAMS[name]
     if (out / "checkpoint.pth").exists():
         argv = [*method, "--resume", str(out)]
     else:
         shutil.rmtree(out, ignore_errors=True)                # without one there is nothing to keep
         argv += ["--out", str(out)] + ["--amp", s.amp] * (program is not inside)
+    began = time.perf_counter()
     result = program([*argv, "--data-dir", s.data_dir])
+    measured = dict(minutes=(time.perf_counter() - began) / 60)
     amp = "off" if program is inside else json.loads(
         (out / "config.json").read_text())["settings"]["amp"]
     if column == "pretrain":                                     # the minutes of training, no k-NN
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        steps, batch = [b["step"] - a["step"] for a, b in zip(log, log[1:])], 128
-        seconds = sum(n * batch / x["images_per_second"] for n, x in zip(steps, log[1:]))
-        measured = dict(minutes=seconds / 60, images=sum(steps) * batch,
+        log = first_run.read(out / "log.jsonl")
+        images = 128 * log[-1]["step"]
+        seconds = sum(images / len(log[1:]) / epoch["images_per_second"] for epoch in log[1:])
+        measured = dict(minutes=seconds / 60, images=images,
                         sha256=dmae.file_hash(out / "student.pth"))
-    else:
-        measured = {name: result[name] for name in MEASURED & result.keys()}
+    else:                                  # if the result has minutes, they are of all its sessions
+        measured |= {name: result[name] for name in KEPT & result.keys()}
     # Runs of one command differ between machines: each line has the hashes of the files it is from.
-    files = [dmae.file_hash(word) for word in shlex.split(text)[2:] if Path(word).is_file()]
-    line = dict(data=data, row=row, seed=seed, column=column, **measured, commit=commit(),
-                threads=torch.get_num_threads(), amp=amp, command=text, files_sha256=files)
+    files = [dmae.file_hash(word) for word in text.split()[2:] if Path(word).is_file()]
+    line = dict(data=data, row=row, seed=seed, column=column, **measured,
+                commit=first_run.commit(), threads=torch.get_num_threads(), amp=amp, command=text,
+                files_sha256=files)
     with open(s.results, "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -287,22 +280,10 @@ def measure(s, data, row, seed, column, wanted=None):
 
 def values_of(lines, data, row, column):
     """{seed: percent} of a row and column, of `pretrain` {seed: minutes}, by today's flags."""
-    key = COLUMNS[column][2] if column in COLUMNS else "minutes" if column == "pretrain" else "top1"
-    found = {line["seed"]: line[key] * (100 if key == "top1" else 1) for line in lines
-             if (line["data"], line["row"]) == (data, row) and key in line
-             and (line["column"] == "pretrain") == (column == "pretrain")
-             and line["command"] == command(data, row, line["seed"], column)}
-    return dict(sorted(found.items()))
-
-
-def mean_and_deviation(values):
-    """Of {seed: value}; how many seeds, unless three."""
-    if not values:
-        return ""
-    values = list(values.values())
-    text = f"{statistics.mean(values):.1f}"
-    text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return text + f" ({len(values)})" * (len(values) != 3)
+    key = COLUMNS[column][2]
+    return {line["seed"]: line[key] * (100 if key == "top1" else 1) for line in lines
+            if (line["data"], line["row"]) == (data, row) and key in line
+            and line["command"] == command(data, row, line["seed"], column)}
 
 
 def difference(a, b):
@@ -320,45 +301,46 @@ def difference(a, b):
 
 
 def markdown(head, rows):
-    """Without columns in which there is nothing yet."""
-    used = [i == 0 or any(row[i] for row in rows) for i in range(len(head))]
+    """Of {row: cells}, without rows and columns in which there is nothing yet; "" if all are so."""
+    rows = [[ALL_ROWS[row][0] if row in ALL_ROWS else row, *cells]
+            for row, cells in rows.items() if any(cells)]
+    used = [True, *(any(cells) for cells in list(zip(*rows))[1:])]
     lines = [itertools.compress(line, used) for line in (head, ["---"] * len(head), *rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) if rows else ""
 
 
 def tables(lines):
     """{name: a table in Markdown} of all that the lines have to say."""
-    found, text = {}, mean_and_deviation
+    def mean(*cells):
+        """Of all seeds, with its deviation."""
+        return first_run.summary(values_of(lines, *cells).values(), seeds=3)
+
+    found = {}
     for data in DATA:
         known = partial(values_of, lines, data)
         for title, (sets, rows, columns) in TABLES.items():
             if data not in sets:
                 continue
-            shown = {row: [known(row, column) for column in columns] for row in rows}
             head = ["pre-training", *(column[0] for column in columns.values())]
-            found[f"{data}: {title}"] = head, [
-                [ALL_ROWS[row][0], *map(text, values)] for row, values in shown.items()]
+            found[f"{data}: {title}"] = head, {
+                row: [mean(data, row, x) for x in columns] for row in rows}
             for base in ("mae", "dmae"):                 # variants are compared with D-MAE alone
-                found[f"{data}: {title}, differences from {ROWS[base][0]}"] = head, [
-                    [ALL_ROWS[row][0], *map(difference, values, shown[base])]
-                    for row, values in shown.items()
-                    if row != base and (base == "dmae" or row in ROWS)]
-        found[f"{data}: minutes of one core"] = ["pre-training", "minutes"], [
-            [ALL_ROWS[row][0], text(known(row, "pretrain"))] for row in ROWS | VARIANTS]
-        for flag, values, rows in SEARCHES:
-            found[f"{data}: linear probe on held-out images, by {flag}"] = ["method", *values], [
-                [ALL_ROWS[row][0], *(text(known(f"{row}@{x}", "held-out")) for x in values)]
-                for row in rows]
-        found[f"{data}: the teacher"] = ["", "k-NN", "linear", "minutes"], [
-            [title, *(text(known(row, column)) for column in ("knn", "linear", "pretrain"))]
-            for row, (title, _, _) in TEACHERS.items()]
+                found[f"{data}: {title}, differences from {ROWS[base][0]}"] = head, {
+                    row: [difference(known(row, x), known(base, x)) for x in columns]
+                    for row in rows if row != base and (base == "dmae" or row in ROWS)}
+        found[f"{data}: minutes of one core"] = ["pre-training", "minutes"], {
+            row: [mean(data, row, "pretrain")] for row in ROWS | VARIANTS if row != "scratch"}
+        for flag, rows, values in SEARCHES:
+            found[f"{data}: linear probe on held-out images, by {flag}"] = ["method", *values], {
+                row: [mean(data, f"{row}@{x}", "held-out") for x in values] for row in rows}
+        found[f"{data}: the teacher"] = ["", "k-NN", "linear", "minutes"], {
+            row: [mean(data, row, x) for x in ("knn", "linear", "pretrain")] for row in TEACHERS}
         hours = [sum(line["minutes"] for line in lines if (line["data"], part) == (
             data, line["column"] == "pretrain")) / 60 for part in (True, False)]
-        found[f"{data}: hours of one core"] = ["", "pre-training", "measuring"], [
-            ["all lines", *(f"{x:.1f}" for x in hours)]] * any(hours)
-    found = {name: (head, [row for row in rows if any(row[1:])])
-             for name, (head, rows) in found.items()}
-    return {name: markdown(head, rows) for name, (head, rows) in found.items() if rows}
+        found[f"{data}: hours of one core"] = ["", "pre-training", "measuring"], {
+            "all lines": [f"{x:.1f}" for x in hours if any(hours)]}
+    found = {name: markdown(head, rows) for name, (head, rows) in found.items()}
+    return {name: table for name, table in found.items() if table}
 
 
 def figure(lines, path):
@@ -370,14 +352,12 @@ def figure(lines, path):
     axes = sheet.subplots(1, 1 + len(sets), sharey=True, squeeze=False)[0]
     for axis, data in zip(axes, [*sets, None]):
         for i, column in enumerate(("linear", "1%")):
-            values = {row: list(values_of(lines, data, row, column).values()) if data
-                      else [PAPER[row][i]] for row in PAPER}
-            points = [(place + 0.3 * i, values[row]) for place, row in enumerate(PAPER)
-                      if values[row]]
+            values = [list(values_of(lines, data, row, column).values()) if data
+                      else [PAPER[row][i]] for row in PAPER]
+            points = {place + 0.3 * i: x for place, x in enumerate(values) if x}
             axis.errorbar(
-                [statistics.mean(x) for _, x in points], [place for place, _ in points],
-                xerr=[statistics.stdev(x) if len(x) > 1 else 0 for _, x in points],
-                fmt="os"[i], capsize=3,
+                [statistics.mean(x) for x in points.values()], list(points), fmt="os"[i], capsize=3,
+                xerr=[statistics.stdev(x) if len(x) > 1 else 0 for x in points.values()],
                 label=COLUMNS[column][0] if data else ("Pets", "Flowers")[i])
         axis.set_title(f"{data}, small ViT" if data else "paper: ViT-Tiny, fine-tuned")
         axis.set_xlabel("top-1 in percent")
@@ -390,10 +370,9 @@ def figure(lines, path):
 
 # ===================================================================================== command line
 
-FLAGS = {
+FLAGS = {                                                               # argparse wants % as %%
     "rows": (None, "ROW,...", f"{', '.join(ALL_ROWS)} [all whose teachers are there]"),
-    "columns": (None, "COLUMN,...", f"pretrain, held-out, {', '.join(COLUMNS)} [all]".replace(
-        "%", "%%")),                                                       # argparse wants it so
+    "columns": (None, "COLUMN,...", f"{', '.join(COLUMNS)} [all]".replace("%", "%%")),
     "data": (None, "NAME,...", f"{', '.join(DATA)} [both]"),
     "seeds": ("0,1,2", "N,...", "whole numbers"),
     "report": (False, bool, "print the tables and draw the figure, run nothing"),
@@ -424,7 +403,7 @@ def columns_of(data, row, seed):
 
 def missing(data, row, seed, column):
     """The file in weights/ that a row's pre-training takes, if it is not there."""
-    words = shlex.split(command(data, row, seed, "pretrain")) if ALL_ROWS[row][1] else []
+    words = command(data, row, seed, "pretrain").split() if row != "scratch" else []
     return next((x for x in words if "weights/" in x and not Path(x).exists()), None)
 
 
@@ -432,12 +411,12 @@ def cells(s):
     """What was asked for, (data, row, seed, column) each: the search, which rates are chosen by;
     then the first columns of all rows, set by set; then the others."""
     rows = chosen("rows", s.rows, ALL_ROWS)
-    columns = chosen("columns", s.columns, ["pretrain", "held-out", *COLUMNS])
+    columns = chosen("columns", s.columns, COLUMNS)
     require(re.fullmatch(r"\d+(,\d+)*", s.seeds), f"--seeds {s.seeds}: write them as in 0,1,2")
     found = [(data, row, seed, column) for data in chosen("data", s.data, DATA)
              for seed in map(int, s.seeds.split(",")) for row in rows
              for column in columns_of(data, row, seed) if column in columns]
-    order = {"held-out": 0, "pretrain": 1} | dict.fromkeys(FIRST, 1)
+    order = {"held-out": 0} | dict.fromkeys(["pretrain", "knn", "linear", "1%"], 1)
     return sorted(found, key=lambda cell: order.get(cell[3], 2))                  # sorts stably
 
 
