@@ -170,7 +170,7 @@ RECIPES = {
         model="slim", width=32, anchor=8, options=dict(
             rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64,
             box_batch_size_per_image=32, box_detections_per_img=20)),
-    "coco": dict(                                        # the authors', but for the heads
+    "coco": dict(    # the authors', not run; heads, padding, boxes that a crop cuts: torchvision's
         epochs=100, batch_size=64, blr=4e-4, jitter=(0.1, 2.0), image_size=640, patch_size=16,
         model="tiny", width=256, anchor=32, options={}),
 }

@@ -670,10 +670,11 @@ def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps(capsys):
 
 
 def test_tables_of_the_texts_are_those_of_the_lines():
-    text = study.HERE.joinpath("STUDY.md").read_text(encoding="utf-8")
     printed = study.tables(study.read(study.RESULTS)).values()
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert table in printed, f"STUDY.md has a table that --report does not print:\n{table}"
+    for name in ("STUDY.md", "DETECTION.md"):
+        text = study.HERE.joinpath(name).read_text(encoding="utf-8")
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            assert table in printed, f"{name} has a table that --report does not print:\n{table}"
     readme = study.HERE.with_name("README.md").read_text(encoding="utf-8")
     table = "\n".join(first_run.table(first_run.read(first_run.FLAGS["results"][0])))
     assert table in readme, f"write this one into README.md:\n{table}"
