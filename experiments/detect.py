@@ -216,8 +216,8 @@ def open_encoder(s):
 
 def train(s):
     """One run; its folder gets pictures, too, and the model is in checkpoint.pth. AP is measured
-    after each epoch, of less than six images for each to test on after several. Returns the last
-    line of the log."""
+    after each epoch, or after several where these are short: six images are trained on for each
+    that is tested on. Returns the last line of the log."""
     began, run = time.perf_counter(), dmae.Run(s, "init")
     require(run.world == 1, "detection takes one process")
     vit, root, side = open_encoder(s), s.data, s.image_size

@@ -176,7 +176,7 @@ def folder(text):
 
 
 def student(data, row, seed, column="pretrain"):
-    """The file that others start from: a student, or with column `all` what has become of it."""
+    """What others start from, noted in LEFT_BY: a student or, by column `all`, its tuned model."""
     if (row, column) == ("scratch", "pretrain"):
         return "none"
     name = "student.pth" if column == "pretrain" else "model.pth"
@@ -253,7 +253,7 @@ def measure(s, data, row, seed, column, wanted=None):
     else:
         shutil.rmtree(out, ignore_errors=True)                # without one there is nothing to keep
         argv += ["--out", str(out)] + ["--amp", s.amp] * (program is not inside)
-    began = time.perf_counter()
+    began, code = time.perf_counter(), first_run.commit()          # which may change during the run
     result = program([*argv, "--data-dir", s.data_dir])
     measured = dict(minutes=(time.perf_counter() - began) / 60)
     amp = "off" if program is inside else json.loads(
@@ -269,7 +269,7 @@ def measure(s, data, row, seed, column, wanted=None):
     # Runs of one command differ between machines: each line has the hashes of the files it is from.
     files = [dmae.file_hash(word) for word in text.split()[2:] if Path(word).is_file()]
     line = dict(data=data, row=row, seed=seed, column=column, **measured,
-                commit=first_run.commit(), threads=torch.get_num_threads(), amp=amp, command=text,
+                commit=code, threads=torch.get_num_threads(), amp=amp, command=text,
                 files_sha256=files)
     with open(s.results, "a") as file:
         file.write(json.dumps(line) + "\n")
