@@ -28,6 +28,7 @@ import re
 import time
 from collections import OrderedDict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -460,8 +461,7 @@ FOREIGN = [
     (r"^visual\.|pre_layr?norm|norm_pre\.", "CLIP, with a norm before its blocks and QuickGELU"),
     (r"attn_pool\.|position_embedding\.", "SigLIP, which has no class token"),
     (r"(layers|blocks)\.\d+\.blocks\.", "Swin, whose resolution changes"),
-    (r"relative_position", "a ViT with relative positions, as BEiT"),
-    (r"dwconv|conv_dw", "ConvNeXt, which has no attention")]
+    (r"relative_position", "a ViT with relative positions, as BEiT")]
 
 
 def read_weights(path):
@@ -766,7 +766,7 @@ MACHINE_FLAGS = {
     "workers": (min(8, os.cpu_count() or 1), (int, 0, 1000), "processes decoding image files"),
     "device": (None, "DEVICE", "cpu, cuda, cuda:1, ... [cuda if there is one]"),
     "amp": (None, ("off", "bf16", "fp16"), "autocast [cuda: bf16, fp16 on old cards; else off]"),
-    "compile": (None, bool, "torch.compile: waits a minute, then runs faster [on for cuda]"),
+    "compile": (None, bool, "torch.compile: waits a minute, then runs faster [with triton: on]"),
     "out": (None, "DIR", "the run's folder [the next number under runs/]"),
     "resume": (None, "DIR", "go on with the run in DIR, by its own settings"),
 }
@@ -826,6 +826,8 @@ def command_line(prog, flags, argv):
         yield vars(parser.parse_args(argv))
     except (InputError, OSError) as error:         # OSError: a full disk, a name that is too long
         parser.error(error)
+    except torch._dynamo.exc.ShortenTraceback as error:              # no Triton, or no C compiler
+        parser.error(f"torch.compile fails here, --no-compile goes without it: {error}")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; a run with a checkpoint.pth goes on with --resume DIR\n")
     finally:
@@ -917,12 +919,11 @@ class Run:
         try:
             self.device = torch.Generator(s.device).device                  # fails for device meta
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise InputError(f"--device {s.device} cannot be used here: take cpu, or cuda or mps "
-                             "where there is one") from error
+            raise InputError(f"--device {s.device} cannot be used here: take cpu") from error
         cuda = self.device.type == "cuda"
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         s.amp = s.amp or ("bf16" if bf16 else "fp16" if cuda else "off")
-        s.compile = cuda if s.compile is None else s.compile
+        s.compile = cuda and bool(find_spec("triton")) if s.compile is None else s.compile
         require(cuda or s.amp != "fp16", "--amp fp16 needs a CUDA device: take bf16 or off")
         if self.world > 1 and cuda:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1109,9 +1110,8 @@ def baselines(encoder, teacher):
 
 def summary(log):
     """A table of what k-NN found, before training and last."""
-    first, last = log[0], log[-1]
-    rows = {"raw pixels": first.get("knn_pixels"), "untrained": first.get("knn"),
-            "student": last.get("knn"), "teacher": first.get("knn_teacher")}
+    rows = {"raw pixels": log[0].get("knn_pixels"), "untrained": log[0].get("knn"),
+            "student": log[-1].get("knn"), "teacher": log[0].get("knn_teacher")}
     return "".join(f"k-NN top-1, {row:10} {100 * x:5.1f} %\n" for row, x in rows.items() if x)
 
 

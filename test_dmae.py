@@ -695,7 +695,6 @@ REFUSED = {
     "SigLIP": (lambda s: under("attn_pool.", s), "SigLIP, which has no class token"),
     "BEiT": (lambda s: s | {"blocks.0.attn.relative_position_bias_table": s["norm.bias"]}, "BEiT"),
     "Swin": (lambda s: under("layers.0.blocks.", s), "Swin, whose"),
-    "ConvNeXt": (lambda s: under("stages.0.", {"0.dwconv.weight": s["norm.bias"]}), "ConvNeXt"),
     "missing": (lambda s: {n: s[n] for n in s if n != "norm.bias"}, "Missing .*norm.bias"),
     "no keys": (lambda s: {n.replace("attn.qkv", "attention.query"): s[n][:48] if "qkv" in n else
                            s[n] for n in s}, "size mismatch .*qkv"),
@@ -1665,6 +1664,11 @@ def test_what_stops_a_run_is_one_line_and_loses_nothing(run, folder, teacher, tm
           "epoch . are not finite, at learning rate .*--blr", capsys)
     assert not (tmp_path / "nan" / "checkpoint.pth").exists()
     real, argv = torch.save, arguments(folder, teacher, out=tmp_path / "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch._inductor.config.cpp, "cxx", ("no-compiler",))
+        patched.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        fails(arguments(folder, "none", "--compile", tmp_path / "c"), "--no-compile.*no-compiler",
+              capsys)
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full)
         fails(argv, "is the disk full", capsys)
