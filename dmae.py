@@ -28,7 +28,6 @@ import re
 import time
 from collections import OrderedDict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -461,7 +460,8 @@ FOREIGN = [
     (r"^visual\.|pre_layr?norm|norm_pre\.", "CLIP, with a norm before its blocks and QuickGELU"),
     (r"attn_pool\.|position_embedding\.", "SigLIP, which has no class token"),
     (r"(layers|blocks)\.\d+\.blocks\.", "Swin, whose resolution changes"),
-    (r"relative_position", "a ViT with relative positions, as BEiT")]
+    (r"relative_position", "a ViT with relative positions, as BEiT"),
+    (r"dwconv|conv_dw", "ConvNeXt, which has no attention")]
 
 
 def read_weights(path):
@@ -766,7 +766,7 @@ MACHINE_FLAGS = {
     "workers": (min(8, os.cpu_count() or 1), (int, 0, 1000), "processes decoding image files"),
     "device": (None, "DEVICE", "cpu, cuda, cuda:1, ... [cuda if there is one]"),
     "amp": (None, ("off", "bf16", "fp16"), "autocast [cuda: bf16, fp16 on old cards; else off]"),
-    "compile": (None, bool, "torch.compile: waits a minute, then runs faster [with triton: on]"),
+    "compile": (None, bool, "torch.compile: waits a minute, then runs faster [cuda on Linux: on]"),
     "out": (None, "DIR", "the run's folder [the next number under runs/]"),
     "resume": (None, "DIR", "go on with the run in DIR, by its own settings"),
 }
@@ -822,14 +822,15 @@ def command_line(prog, flags, argv):
                    else dict(type=partial(number, *kind), metavar=kind[0].__name__))
         text += "" if default is None else f" [{default}]"
         parser.add_argument("--" + name.replace("_", "-"), help=text, **options)
+    given = vars(parser.parse_args(argv))
     try:
-        yield vars(parser.parse_args(argv))
+        yield given
     except (InputError, OSError) as error:         # OSError: a full disk, a name that is too long
         parser.error(error)
-    except torch._dynamo.exc.ShortenTraceback as error:              # no Triton, or no C compiler
-        parser.error(f"torch.compile fails here, --no-compile goes without it: {error}")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; a run with a checkpoint.pth goes on with --resume DIR\n")
+    except (torch.OutOfMemoryError, torch._dynamo.exc.ShortenTraceback) as error:
+        parser.error(f"--micro-batch N needs less memory, --no-compile no C compiler: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -923,7 +924,7 @@ class Run:
         cuda = self.device.type == "cuda"
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         s.amp = s.amp or ("bf16" if bf16 else "fp16" if cuda else "off")
-        s.compile = cuda and bool(find_spec("triton")) if s.compile is None else s.compile
+        s.compile = cuda and os.name == "posix" if s.compile is None else s.compile  # has Triton
         require(cuda or s.amp != "fp16", "--amp fp16 needs a CUDA device: take bf16 or off")
         if self.world > 1 and cuda:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1082,8 +1083,7 @@ def features_of(run, source, indices, function):
     """(features (N, c), labels (N,)) of images of a source. function: images (b, ...) -> (b, c)."""
     with run.autocast:
         found = [(function(images), labels) for images, labels in source.plain(indices)]
-    features, labels = zip(*found)
-    return torch.cat(features), torch.cat(labels)
+    return tuple(torch.cat(part) for part in zip(*found))
 
 
 def nearest_neighbours(run, train, test, bank=5_000, queries=1_000, **functions):

@@ -28,6 +28,7 @@ import urllib.request
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -693,6 +694,7 @@ REFUSED = {
     "CLIP": (lambda s: s | {"vision_model.pre_layrnorm.bias": s["norm.bias"]}, "CLIP, with a norm"),
     "open CLIP": (lambda s: under("visual.", s), "CLIP, with a norm"),
     "SigLIP": (lambda s: under("attn_pool.", s), "SigLIP, which has no class token"),
+    "ConvNeXt": (lambda s: under("stages.0.", {"0.dwconv.weight": s["norm.bias"]}), "ConvNeXt"),
     "BEiT": (lambda s: s | {"blocks.0.attn.relative_position_bias_table": s["norm.bias"]}, "BEiT"),
     "Swin": (lambda s: under("layers.0.blocks.", s), "Swin, whose"),
     "missing": (lambda s: {n: s[n] for n in s if n != "norm.bias"}, "Missing .*norm.bias"),
@@ -1665,10 +1667,11 @@ def test_what_stops_a_run_is_one_line_and_loses_nothing(run, folder, teacher, tm
     assert not (tmp_path / "nan" / "checkpoint.pth").exists()
     real, argv = torch.save, arguments(folder, teacher, out=tmp_path / "a")
     with monkeypatch.context() as patched:
-        patched.setattr(torch._inductor.config.cpp, "cxx", ("no-compiler",))
+        patched.setattr(torch._inductor.config.cpp, "cxx", ("g+++",))
         patched.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-        fails(arguments(folder, "none", "--compile", tmp_path / "c"), "--no-compile.*no-compiler",
-              capsys)
+        fails(arguments(folder, "none", "--compile", tmp_path / "c"), "no-compile .*g[+]+", capsys)
+        patched.setattr(dmae, "train_step", Mock(side_effect=torch.OutOfMemoryError("of 80 GiB")))
+        fails(arguments(folder, "none", out=tmp_path / "d"), "micro-batch N .*80 GiB", capsys)
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full)
         fails(argv, "is the disk full", capsys)
