@@ -350,26 +350,24 @@ def read_inat18(root, split):
     return np.array(paths, dtype=str), torch.tensor(labels), [kind["name"] for kind in kinds]
 
 
-def open_data(name, row, size, data_dir="data", train_images=None, device="cpu", workers=0,
-              seed=0):
+def open_data(name, row, size, data_dir="data", train_images=None, **options):
     """The training source and the test source (None where there is none) of `--data name`.
 
-    row: the set's row of SETS, possibly overridden. size: (H, W). train_images: use N of them only.
+    row, size, options (device, workers, seed): as in `Source`. train_images: use N of them only.
     Raises InputError, e.g. for missing files or a folder without images."""
-    options = dict(row=row, size=size, device=device, workers=workers, seed=seed)
     root, test = Path(name), None
     require(name in SETS or root.is_dir(), f"--data {name}: neither a folder nor one of "
             f"{', '.join(SETS)}")
     if name in SETS:
         kind = Files if name in PHOTOS else SmallSet
-        train, test = (kind(*read_set(name, data_dir, train), **options, root=Path(data_dir))
+        train, test = (kind(*read_set(name, data_dir, train), row, size, **options)
                        for train in (True, False))
     else:
         where = root / "train" if (root / "train").is_dir() else root
-        train = Files(*find_images(where), **options, root=where)
+        train = Files(*find_images(where), row, size, **options, root=where)
         require(len(train), f"--data {name}: no images below {where}, {' '.join(EXTENSIONS)}")
         if where != root:
-            test = Files(*find_images(root / "val"), **options, root=root / "val")
+            test = Files(*find_images(root / "val"), row, size, **options, root=root / "val")
             if test.classes != train.classes:                     # its numbers mean something else
                 test.labels = None
     if train_images is not None:

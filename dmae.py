@@ -26,6 +26,7 @@ import os
 import pickle
 import re
 import time
+import timeit
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -118,17 +119,17 @@ class ViT(nn.Module):
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, images, ids_keep=None, tokens_of=(), scores_of=()):
+    def forward(self, images, ids_keep=None, tokens_of=(), scores_of=(), extra=None):
         """images: (b, ch, height, width), normalised; ids_keep: (b, k) visible patches, None: all.
 
         Returns (tokens, scores), dictionaries by block: tokens (b, 1 + k, c) after the blocks in
         `tokens_of`, 0 being the embedding; scores (b, h, 1 + k, 1 + k), float32, of those in
         `scores_of`. It stops at the last block asked for, and if only scores are asked of that,
-        before its values and MLP."""
+        before its values and MLP. extra: a further block, after the last."""
         last = max([0, *tokens_of, *scores_of])
         x, scores = self.embed(images, ids_keep), {}                                  # b 1+k c
         tokens = {0: x} if 0 in tokens_of else {}
-        for i, block in enumerate(self.blocks[:last], start=1):
+        for i, block in enumerate([*self.blocks, extra][:last], start=1):
             if i == last and i not in tokens_of:
                 q, k = block.attn.queries_and_keys(block.norm1(x))                    # b h 1+k d
             else:
@@ -292,10 +293,7 @@ class DMAE(nn.Module):
         blocks, t_blocks = zip(*self.layers)
         attention, hidden = self.match != ["hidden"], "hidden" in self.match
         tokens, scores = encoder(images, ids_keep, tokens_of=range(encoder.depth + 1),
-                                 scores_of=blocks if attention else ())
-        if self.extra is not None:
-            q, k = self.extra.attn.queries_and_keys(self.extra.norm1(tokens[encoder.depth]))
-            scores[encoder.depth + 1] = attention_scores(q, k)                    # b s 1+k 1+k
+                                 scores_of=blocks if attention else (), extra=self.extra)
         mae = student.reconstruction_loss(images, tokens[student.decode_after], ids_keep)
 
         with torch.no_grad():                              # same image, same visible patches
@@ -689,8 +687,7 @@ def epoch_order(images, s, epoch):
 def pretrain(s):
     """One run with the settings `s`, a Namespace; returns its folder."""
     run = Run(s, "teacher")
-    with run.first_alone():
-        teacher = None if s.teacher == "none" else load_vit(s.teacher)
+    teacher = None if s.teacher == "none" else load_vit(s.teacher)
     model = new_model(s, teacher)
     student = model if teacher is None else model.student
     train, test = run.open_data(vars(s), student.encoder.config["image_size"], s.train_images)
@@ -888,7 +885,7 @@ def new_model(s, teacher):
     encoder = new_vit(s.student, s)
     student = MAE(encoder, *PRESETS[s.student][1], s.mask_ratio, s.norm_pix,
                   decode_after=max(1, 2 * encoder.depth // 3) if s.decoupled else None)
-    require(s.layers is None or re.fullmatch(r"(\d+:\d+(,(?=\d)|$))+", s.layers), f"--layers "
+    require(s.layers is None or re.fullmatch(r"\d+:\d+(,\d+:\d+)*", s.layers), f"--layers "
             f"{s.layers}: write pairs STUDENT:TEACHER, as in 2:4,4:6")
     layers = [(int(i), int(j)) for i, j in re.findall(r"(\d+):(\d+)", s.layers or "")]
     return (DMAE(student, teacher, layers, s.match, s.alpha, s.mixer, s.decoupled) if teacher
@@ -897,14 +894,10 @@ def new_model(s, teacher):
 
 def bf16_gain():
     """How many times faster this CPU multiplies matrices in bfloat16 than in float32."""
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a, clock = torch.ones(1024, 1024, dtype=dtype), []
-        for _ in range(4):                                                  # the first one is slow
-            a @ a
-            clock.append(time.perf_counter())
-        seconds.append(clock[-1] - clock[0])
-    return seconds[0] / seconds[1]
+    matrices = (torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    slow, fast = (min(timeit.repeat("a @ a", globals=dict(a=a), number=1, repeat=4))
+                  for a in matrices)                                     # the first one is slow
+    return slow / fast
 
 
 class Run:
@@ -936,20 +929,14 @@ class Run:
         dtype = torch.float16 if s.amp == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(self.device.type, dtype, enabled=s.amp != "off")
 
-    @contextlib.contextmanager
-    def first_alone(self):
-        """What is done within, the first process does before the others: downloads, once."""
-        for turn in (False, True):
-            if turn == (self.rank > 0):
-                yield
-            if self.world > 1:
-                dist.barrier()
-
     def open_data(self, row, size, train_images=None):
-        """Training and test source."""
-        with self.first_alone():
-            self.sources = open_data(self.s.data, row, size, self.s.data_dir, train_images,
-                                     self.device, self.s.workers, self.s.seed)
+        """Training and test source. The other processes wait for the first, which may download."""
+        if self.rank > 0:
+            dist.barrier()
+        self.sources = open_data(self.s.data, row, size, self.s.data_dir, train_images,
+                                 device=self.device, workers=self.s.workers, seed=self.s.seed)
+        if self.rank == 0 and self.world > 1:
+            dist.barrier()
         return self.sources
 
     def divide(self, images):
@@ -1142,10 +1129,7 @@ def class_scores(model, images):
         found = [vit(images, scores_of=[vit.depth])[1][vit.depth]]                # b h 1+n 1+n
     else:
         vit, teacher, (i, j) = model.student.encoder, model.teacher, model.layers[-1]
-        tokens, scores = vit(images, tokens_of=[vit.depth], scores_of=[i])
-        if model.extra is not None:
-            q, k = model.extra.attn.queries_and_keys(model.extra.norm1(tokens[vit.depth]))
-            scores[i] = attention_scores(q, k)
+        _, scores = vit(images, tokens_of=[vit.depth], scores_of=[i], extra=model.extra)
         M, ours = model.mixers.get(f"scores:{i}:{j}"), scores[i]
         found = [ours if M is None else einsum(M, ours, "t s, b s ... -> b t ..."),
                  teacher(images_for(teacher, vit, images), scores_of=[j])[1][j]]
@@ -1186,8 +1170,7 @@ def draw_pictures(out, model, images, before):
 
 def as_rgb(vit, images):
     """Normalised images -> (b, 3, H, W) in 0 to 1, at least 96 pixels high."""
-    images = (images.float() * vit.std + vit.mean).clamp(0, 1)
-    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+    images = (images.float() * vit.std + vit.mean).clamp(0, 1).expand(-1, 3, -1, -1)
     return F.interpolate(images, scale_factor=math.ceil(96 / images.shape[2]))
 
 

@@ -8,7 +8,6 @@ The last line printed is the result, as JSON: top-1 and top-5 on the whole test 
 epoch. New here are the classifier, layer-wise learning rates and recipes; the rest is dmae.py's.
 """
 
-import argparse
 import json
 import math
 import time
@@ -100,7 +99,7 @@ def layer_groups(model, layer_decay, weight_decay):
             layer = layer_of(name, model.depth)
             decayed = p.ndim > 1 and name not in ("cls_token", "pos_embed")
             group = groups.setdefault((layer, decayed), dict(
-                params=[], layer=layer, scale=layer_decay ** (model.depth + 1 - layer),
+                params=[], scale=layer_decay ** (model.depth + 1 - layer),
                 weight_decay=weight_decay if decayed else 0.0))
             group["params"].append(p)
     return [groups[key] for key in sorted(groups)]
@@ -243,9 +242,8 @@ def defaults_for(given):
     recipe = given.get("recipe", RECIPE_OF.get(name, "imagenet")) if mode == "finetune" else mode
     values = RECIPES[recipe] | dict(recipe=recipe)
     if scratch:                       # there is nothing learnt that layer decay could protect
-        row = SETS.get(name, FOLDER) | dmae.RECIPES.get(name, dmae.RECIPES["folder"])
-        values |= dict(layer_decay=1.0, model=row["student"], patch_size=row["patch_size"],
-                       image_size=row["image_size"])
+        model = dmae.RECIPES.get(name, dmae.RECIPES["folder"])["student"]
+        values = SETS.get(name, FOLDER) | values | dict(layer_decay=1.0, model=model)
     whole = values.get("epochs", 1)
     if recipe == "small":                      # about as many steps with fewer labels
         values["epochs"] = min(100, round(whole / given.get("label_fraction", 1)))
@@ -258,8 +256,7 @@ def open_encoder(s):
     """The encoder to start from, at the images' size."""
     if s.init == "none":
         torch.manual_seed(s.seed)
-        vit = dmae.new_vit(s.model, argparse.Namespace(**SETS.get(s.data, FOLDER) | dict(
-            image_size=s.image_size, patch_size=s.patch_size)))
+        vit = dmae.new_vit(s.model, s)
         vit.description = f"{s.model}, {vit.width} wide, {vit.depth} blocks, untrained"
         vit.others = {}
     else:
@@ -296,17 +293,16 @@ def open_labelled(run, vit):
 def evaluate(classifier, test, run):
     """Top-1, top-5 and cross-entropy on the whole test set; several processes share the work."""
     classifier.eval()
-    sums = torch.zeros(4, device=run.device)         # mps has no float64; counts are exact even so
+    sums = torch.zeros(3, device=run.device)         # mps has no float64; counts are exact even so
     for images, labels in test.plain(torch.arange(len(test))[run.rank::run.world]):
         with run.autocast:
             logits = classifier.logits(images).float()
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([best[:, 0].sum(), best.sum(), loss, labels.new_tensor(len(labels))])
+        sums += torch.stack([best[:, 0].sum(), best.sum(), loss])
     if run.world > 1:
         dist.all_reduce(sums)
-    *sums, count = sums.tolist()
-    return {name: x / count for name, x in zip(("top1", "top5", "test_loss"), sums)}
+    return {name: x / len(test) for name, x in zip(("top1", "top5", "test_loss"), sums.tolist())}
 
 
 def evaluate_file(s):
@@ -336,8 +332,7 @@ def report(run, train, line):
 def begin(s):
     """(run, encoder, training and test source): all that can be wrong comes to light in here."""
     run = dmae.Run(s, "init")
-    with run.first_alone():
-        vit = open_encoder(s)
+    vit = open_encoder(s)
     train, test = open_labelled(run, vit)
     next(test.plain(torch.arange(min(8, len(test)))))            # unreadable: now, not in an hour
     require(run.world == 1 or s.mode == "finetune", f"--mode {s.mode} takes one process")

@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import urllib.request
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -45,8 +44,8 @@ import data
 import dmae
 import finetune
 from data import SETS, InputError, read_image
-from dmae import (DMAE, MAE, ViT, knn_top1, learning_rate, load_vit, main, parameter_groups,
-                  resize_grid, save_student, sincos_positions, split_heads)
+from dmae import (DMAE, MAE, ViT, knn_top1, load_vit, main, parameter_groups, resize_grid,
+                  save_student, sincos_positions, split_heads)
 
 # torchvision announces the end of its decoders; `read_image` does without them when it comes.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -227,8 +226,7 @@ def test_what_is_asked_for_is_returned_and_nothing_past_it_computed():
     assert vit(images, tokens_of=[1])[0][1].isfinite().all()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_student_and_a_classifier_can_be_exported(dynamic):
+def test_a_student_and_a_classifier_can_be_exported():
     """Features and logits, also at another batch size than the one of the example."""
     classifier = finetune.Classifier(5, image_size=32, patch_size=8, width=32, depth=2, heads=4)
     class Program(nn.Module):
@@ -237,11 +235,11 @@ def test_a_student_and_a_classifier_can_be_exported(dynamic):
             self.model, self.forward = function.__self__, function
 
     images = torch.randn(3, 3, 32, 32)
-    sizes = {"images": {0: torch.export.Dim("batch")}} if dynamic else None
+    sizes = {"images": {0: torch.export.Dim("batch")}}
     for function in small_vit().eval().encode, classifier.eval().logits:
         with torch.no_grad():
             exported = torch.export.export(Program(function), (images,), dynamic_shapes=sizes)
-            for x in (images, torch.randn(7, 3, 32, 32))[:1 + dynamic]:
+            for x in images, torch.randn(7, 3, 32, 32):
                 assert torch.equal(exported.module()(x), function(x))
 
 
@@ -305,29 +303,21 @@ def test_one_batch_is_overfitted_and_other_patches_of_it_are_not():
         assert last["mae"] < part(images)["mae"] != part(images)["mae"]
 
 
-def test_distance_is_the_mean_square_between_teacher_and_mixed_student_in_float32():
+def test_distance_scores_and_attention_are_float32_whatever_surrounds_them():
     model, images, M = small_model(), torch.randn(2, 3, 32, 32), torch.randn(6, 4)
     ours, theirs = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)
     slow = torch.stack(
         [theirs[:, t] - sum(M[t, s] * ours[:, s] for s in range(4)) for t in range(6)])
-    q, k = torch.randn(2, 1, 1, 4, 8).bfloat16()
-    for amp in (False, True):                                # whatever surrounds it
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            torch.testing.assert_close(model.distance(ours, theirs, M), slow.square().mean())
-            scores = dmae.attention_scores(q, k)
-            assert model.student.encoder(images, scores_of=[3])[1][3].dtype == torch.float32
-            assert {loss.dtype for loss in model(images).values()} == {torch.float32}
-        torch.testing.assert_close(scores, q.float() @ k.float().mT / 8**0.5)
-
-
-def test_attention_is_float32_on_a_cpu_whatever_surrounds_it():
     q, k, v = torch.randn(3, 2, 4, 5, 8).bfloat16().requires_grad_()
-    exact = (q.float() @ k.float().mT / 8**0.5).softmax(dim=-1) @ v.float()
+    exact = q.float() @ k.float().mT / 8**0.5
     for amp in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            out = dmae.attend(q, k, v)
-        assert out.dtype == torch.float32
-        torch.testing.assert_close(out, exact)
+            torch.testing.assert_close(model.distance(ours, theirs, M), slow.square().mean())
+            scores, out = dmae.attention_scores(q, k), dmae.attend(q, k, v)
+            assert model.student.encoder(images, scores_of=[3])[1][3].dtype == torch.float32
+            assert {loss.dtype for loss in model(images).values()} == {torch.float32}
+        torch.testing.assert_close(scores, exact)
+        torch.testing.assert_close(out, exact.softmax(dim=-1) @ v.float())
 
 
 def test_hidden_compares_normalised_tokens_and_layers_add_up():
@@ -551,16 +541,11 @@ def test_layouts_in_the_wild(tmp_path, name):
                                + (f"; not used: {unused}" if unused else ""))
 
 
-def test_our_students_and_the_authors_classifiers_come_back(tmp_path):
+def test_our_students_come_back(tmp_path):
     encoder, path = scrambled_vit(image_size=(16, 32), channels=1, mean=[0.5], std=[0.3]), tmp_path
     student = MAE(encoder, 16, 1, 2, decode_after=1)
     save_student(path / "student.pth", DMAE(student, scrambled_vit(channels=1), decoupled=True))
     assert_same(load_vit(path / "student.pth"), encoder)
-    model = scramble(finetune.Classifier(2, image_size=16, patch_size=4, width=24, depth=2))
-    loaded = finetune.load_classifier(save(
-        {"model": under("module.model.", model.state_dict())}, path / "supervised.pth.tar"))
-    assert torch.equal(loaded.logits(some_images(model)), model.logits(some_images(model)))
-    assert loaded.classes is None
 
 
 @pytest.mark.parametrize("name", ["ViTMAEForPreTraining", "ViTMAEModel"])
@@ -578,54 +563,37 @@ def test_hugging_face_agrees(tmp_path, name):
         torch.testing.assert_close(vit.encode(some_images(vit)), theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("channels, size, patch", [(3, (32, 32), 16), (1, (16, 32), 4)])
-def test_timm_agrees(tmp_path, channels, size, patch):
+def test_timm_agrees_on_oblong_grey_images():
     timm = pytest.importorskip("timm.models.vision_transformer")
-    theirs = scramble(timm.VisionTransformer(
-        img_size=size, patch_size=patch, in_chans=channels, embed_dim=48, depth=11, num_heads=6,
-        num_classes=0, global_pool="token"))
-    ours = scrambled_vit(image_size=size, patch_size=patch, channels=channels, depth=11, heads=6,
-                         mean=[0.5] * channels, std=[0.3] * channels)
-    if channels == 3:                                            # and square, as all but ours
-        ours = load_vit(save(theirs.state_dict(), tmp_path / "timm.pth"), heads=6)
+    ours = scrambled_vit(image_size=(16, 32), patch_size=4, channels=1, depth=11, heads=6,
+                         mean=[0.5], std=[0.3])
+    theirs = timm.VisionTransformer(
+        img_size=(16, 32), patch_size=4, in_chans=1, embed_dim=48, depth=11, num_heads=6,
+        num_classes=0, global_pool="token").eval()
     theirs.load_state_dict(ours.state_dict())
     features = theirs.forward_features(some_images(ours))
     torch.testing.assert_close(ours.encode(some_images(ours)), features, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (6, 3)])
-def test_layer_scale_is_folded_as_dinov2_has_it(tmp_path, grid):
-    """In timm's names and Hugging Face's, in half precision, whole and masked, at two grids."""
+def test_layer_scale_is_folded_as_dinov2_has_it(tmp_path):
+    """In timm's names and Hugging Face's, in half precision, and at another grid."""
     transformers = pytest.importorskip("transformers")
     timm = pytest.importorskip("timm.models.vision_transformer")
-    a = timm.VisionTransformer(56, 14, embed_dim=192, depth=2, num_heads=3, init_values=0.5,
-                               num_classes=0, dynamic_img_size=True)
+    a = timm.VisionTransformer(
+        56, 14, embed_dim=192, depth=2, num_heads=3, init_values=0.5, num_classes=0)
     b = transformers.Dinov2Model(transformers.Dinov2Config(
         image_size=56, patch_size=14, hidden_size=192, num_hidden_layers=2, num_attention_heads=3))
     a, b = (scramble(x).half().float() for x in (a, b))
     b.half().save_pretrained(tmp_path)
     save(a.half().state_dict() | {"mask_token": torch.zeros(1, 192)}, tmp_path / "a.pth")
-    images = torch.randn(2, 3, 14 * grid[0], 14 * grid[1])
-    ids_keep = torch.rand(2, grid[0] * grid[1]).argsort(1)[:, :5]
-    for path, theirs in ((tmp_path / "a.pth", a.float()),
-                         (tmp_path / "model.safetensors", b.float())):
-        vit = resize_grid(load_vit(path), grid)
+    images, wide = torch.randn(2, 3, 56, 56), torch.randn(2, 3, 84, 42)
+    for name, x, theirs in (
+            ("a.pth", images, a.float().forward_features(images)),
+            ("model.safetensors", images, b.float()(images).last_hidden_state),
+            ("model.safetensors", wide, b(wide).last_hidden_state)):
+        vit = resize_grid(load_vit(tmp_path / name), [side // 14 for side in x.shape[2:]])
         assert "3 heads by being DINOv2's" in vit.description
-        if theirs is b:
-            x, output = b.embeddings(images), b(images).last_hidden_state
-            layers, norm = b.encoder.layer, b.layernorm
-        else:
-            if grid != (4, 4):
-                a.pos_embed = vit.pos_embed
-                a.patch_embed.img_size, a.patch_embed.grid_size = tuple(images.shape[2:]), grid
-            x = a._pos_embed(a.patch_embed(images))
-            output, layers, norm = a.forward_features(images), a.blocks, a.norm
-        torch.testing.assert_close(vit.encode(images), output, atol=1e-4, rtol=1e-4)
-        x = torch.cat([x[:, :1], x[:, 1:].take_along_dim(ids_keep[..., None], dim=1)], dim=1)
-        for layer in layers:
-            x = layer(x)
-        found = vit.norm(vit(images, ids_keep, tokens_of=[2])[0][2])
-        torch.testing.assert_close(found, norm(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(vit.encode(x), theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_timm_takes_a_student_as_the_readme_says(tmp_path, monkeypatch):
@@ -683,7 +651,6 @@ REFUSED = {
     "cut": (lambda s: saved(s)[:-100], "truncated: fetch it again"),
     "cut, legacy": (lambda s: saved(s, _use_new_zipfile_serialization=False)[:-100], "fetch it"),
     "text": (lambda s: b"version https://git-lfs.github.com/spec/v1\n", "no PyTorch file; give"),
-    "module": (lambda s: scrambled_vit(), r"give one that holds a plain state_dict\(\)"),
     "tensor": (lambda s: s["pos_embed"], "holds no state dict: Tensor"),
     "nothing": (lambda s: {}, r"no pos_embed, patch_embed and blocks .*\(, ...\)"),
     "distilled": (lambda s: s | {"dist_token": s["cls_token"]}, "no plain ViT: .*dist_token"),
@@ -756,8 +723,6 @@ def test_an_address_is_downloaded_once_or_leaves_nothing(server, folder, teacher
     assert dmae.fetch(f"{address}/x.pth?download=true").suffix == ".pth"
     out = main(arguments(folder, f"{address}/x.pth:3", "--epochs 0", tmp_path / "out"))
     assert config(out)["teacher_sha256"] == hashlib.sha256(Path(teacher).read_bytes()).hexdigest()
-    finetune.main(["--init", f"{address}/x.pth", "--data", folder, "--mode", "knn", "--out",
-                   str(tmp_path / "knn")])
     cache = files_in(tmp_path / "cache")
     for place in (f"{address}/cut/x.pth", f"{address}/no.pth", f"{address}/page.pth",
                   "http://127.0.0.1:1/x.pth"):
@@ -1106,16 +1071,12 @@ def write_set(name, root):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What was asked of the network, which is not there; nor are the published checksums."""
-    def no_network(request, *args, **options):
-        requests.append(request)
-        raise urllib.error.URLError("no network")
-
-    requests = []
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    """What asks the network, which is not there; nor are the published checksums."""
+    network = Mock(side_effect=urllib.error.URLError("no network"))
+    monkeypatch.setattr(urllib.request, "urlopen", network)
     for module in (torchvision.datasets.flowers102, torchvision.datasets.cifar):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5: os.path.exists(path))
-    return requests
+    return network
 
 
 def refused(words, name, data_dir, **options):
@@ -1134,7 +1095,7 @@ def test_transfer_sets_are_read_as_they_are_published(name, tmp_path, asked):
         assert {i: source.classes[i] for i in names} == names
         assert len(source.classes) == (102 if name == "flowers" else 3)
         assert next(source.plain(torch.tensor([0])))[0].shape == (1, 3, 16, 24)
-    assert not asked
+    assert not asked.called
 
 
 def write_cifar(root, folder, parts, meta, fine=""):
@@ -1176,7 +1137,7 @@ def test_small_sets_are_read_as_they_are_published(tmp_path, asked):
             assert torch.equal(source.items, images)
             torch.testing.assert_close(source.labels, labels.long())
             assert name[0] == "f" or source.classes == ["a", "b", "c"]
-    assert not asked
+    assert not asked.called
 
 
 def test_what_is_missing_is_said_in_one_line(tmp_path, asked):
@@ -1185,11 +1146,11 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, asked):
             ("cifar100", "cifar-100-python/"), ("flowers", "flowers-102/.*jpg/"),
             ("pets", "oxford-iiit-pet/"), ("aircraft", "fgvc-aircraft-2013b/")):
         refused(f"--data {name}: .*no network.*{files}.*--data-dir", name, tmp_path)
-    requests = len(asked)
+    requests = asked.call_count
     for name, files in (("cars", "cars_train/.*cars_test/.*devkit/.*_annos_withlabels.mat"),
                         ("inat18", "train2018.json.*val2018.json.*train_val2018/")):
         refused(f"--data {name}: .*{files}.*--data-dir", name, tmp_path)
-    assert len(asked) == requests                        # these cannot be downloaded
+    assert asked.call_count == requests                      # these cannot be downloaded
     refused("cifar11: .*shapes, fashion-mnist, cifar10, cifar100", "cifar11", tmp_path)
     write_images(tmp_path, "two/0.png", "two/1.png", "none/val/0.png")
     (tmp_path / "none" / "train").mkdir()
@@ -1246,14 +1207,6 @@ def test_grey_images_before_an_encoder_of_colour_ones():
 # ========================================================================================= training
 
 
-def test_learning_rate_at_the_joints():
-    def rate(step):
-        return learning_rate(step, total=100, warmup=20, peak=2.4e-3, end=4e-4)
-    assert [rate(0), rate(10), rate(20)] == pytest.approx([0, 1.2e-3, 2.4e-3])
-    assert rate(60) == pytest.approx(1.4e-3) and 4e-4 < rate(99) < 4.02e-4         # half a cosine
-    assert learning_rate(0, 100, 0, peak=1) == 1 and 0 < learning_rate(99, 100, 0, peak=1) < 3e-4
-
-
 def test_groups_partition_the_parameters_and_spare_biases_and_norms():
     model = DMAE(MAE(ViT(depth=1)), ViT(width=768, depth=1))
     decayed, free = parameter_groups(model, 0.05)
@@ -1295,11 +1248,10 @@ def test_an_epochs_order_and_a_batchs_division():
     assert torch.equal(order, again) and not any(torch.equal(order, x) for x in (epoch, seed))
     assert dmae.Run.divide(run(8, 2, rank=1), 100) == (12, 4, slice(4, 8))
     assert dmae.Run.divide(run(100, 1), 100) == (1, 100, slice(0, 100))
-    for method, batch, world, words in (
-            ("divide", 102, 2, "more than the 100"), ("divide", 8, 3, "not for 3 processes"),
-            ("open_folder", 8, 2, "--out DIR")):                      # each would take its own
-        with pytest.raises(InputError, match=words):
-            getattr(dmae.Run, method)(run(batch, world), *[100][:method == "divide"])
+    with pytest.raises(InputError, match="not for 3 processes"):
+        dmae.Run.divide(run(8, 3), 100)
+    with pytest.raises(InputError, match="--out DIR"):                # each would take its own
+        dmae.Run.open_folder(run(8, 2))
 
 
 def draw(root, train, test, names, image_of):
@@ -1475,8 +1427,8 @@ def spied(monkeypatch):
             batch=[torch.cat(part) for part in zip(*pieces)]))
         return losses
 
-    def open_data(*args):
-        found.sources = opened(*args)
+    def open_data(*args, **options):
+        found.sources = opened(*args, **options)
         return found.sources
 
     real, opened, found = dmae.train_step, data.open_data, SimpleNamespace(steps=[])
@@ -1515,34 +1467,29 @@ def test_flags_of_images_and_steps(spied, folder, teacher, tmp_path):
 
 def test_flags_of_the_models(spied, folder, teacher, tmp_path):
     out = main(arguments(
-        folder, teacher, "--student micro --image-size 24,12 --patch-size 6 --match hidden "
+        folder, teacher, "--student micro --image-size 24,12 --patch-size 6 --decoupled "
         "--no-norm-pix --epochs 1 --train-images 8 --amp bf16", tmp_path / "a"))
     vit, saved = load_vit(out / "student.pth"), content_of(out)
-    assert vit.grid == (4, 2) and vit.width == 96
-    assert saved["mixers"]["hidden:4:3"].shape == (24, 96)
+    assert vit.grid == (4, 2) and vit.width == 96 and vit.depth == 4
+    assert saved["mixers"]["scores:5:3"].shape == (3, 6)
     assert saved["config"].items() >= dict(
-        norm_pix=False, decoder_width=48, decoder_depth=1, decoder_heads=3,
-        match=["hidden"]).items()
-    assert spied.steps[0].amp == torch.bfloat16 and log_of(out)[1]["hidden"] > 0
+        norm_pix=False, decoder_width=48, decoder_depth=1, decoder_heads=3, decode_after=2,
+        match=["scores"]).items()
+    assert spied.steps[0].amp == torch.bfloat16 and log_of(out)[1]["scores"] > 0
     out = main(arguments(folder, out / "student.pth", "--student micro --match probs,hidden "
-                         "--alpha 2 --no-mixer --epochs 1", tmp_path / "c"))
+                         "--alpha 2 --no-mixer --epochs 1 --batch-size 5", tmp_path / "b"))
     line = log_of(out)[1]
     total = line["mae"] + 2 * (line["probs"] + line["hidden"])
     assert line["loss"] == pytest.approx(total, rel=1e-5) and not content_of(out)["mixers"]
-    out = main(arguments(folder, teacher, "--decoupled --batch-size 5 --epochs 1", tmp_path / "b"))
-    assert weights(out)["mixers.scores:5:3"].shape == (3, 4)
-    assert load_vit(out / "student.pth").depth == 4
-    assert content_of(out)["config"]["decode_after"] == 2 and log_of(out)[1]["step"] == 8
+    assert line["step"] == 8
 
 
-def test_micro_batches_and_the_compiler_do_the_same(run, folder, teacher, tmp_path, monkeypatch):
-    pieces = main(arguments(folder, teacher, "--micro-batch 3", tmp_path / "a"))
+def test_the_compiler_does_the_same(run, folder, teacher, tmp_path, monkeypatch):
     compiled, real = [], nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(
         real(model, backend="eager")))                           # does not wait for a C++ compiler
-    graphs = main(arguments(folder, teacher, "--compile", tmp_path / "b"))
-    assert same_function(run, pieces) and same_function(run, graphs) and len(compiled) == 1
-    assert not equal(weights(run), weights(pieces))
+    graphs = main(arguments(folder, teacher, "--compile", tmp_path / "a"))
+    assert same_function(run, graphs) and len(compiled) == 1
 
 
 def test_the_header_tells_when_bfloat16_would_be_faster(folder, tmp_path, monkeypatch, capsys):
@@ -1555,19 +1502,6 @@ def test_the_header_tells_when_bfloat16_would_be_faster(folder, tmp_path, monkey
     assert said == [True, False, False]
 
 
-@pytest.fixture
-def stop(monkeypatch):
-    """Training is interrupted at its eighth step, in the middle of the second epoch."""
-    def train_step(*args):
-        steps.append(None)
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    steps, real = [], dmae.train_step
-    monkeypatch.setattr(dmae, "train_step", train_step)
-
-
 def fails(argv, words, capsys, program=dmae):
     """One line on stderr with `words`, exit status 2, no traceback."""
     capsys.readouterr()
@@ -1576,22 +1510,6 @@ def fails(argv, words, capsys, program=dmae):
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
     assert error.startswith(f"{program.__name__}.py: error: ") and re.search(words, error), error
-
-
-def test_stopped_and_resumed_ends_in_the_same_bits(run, folder, teacher, tmp_path, stop, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(arguments(folder, teacher, out=tmp_path / "a"))
-    assert end.value.code == 130 and "--resume DIR" in capsys.readouterr().err
-    assert same_run(run, main(["--resume", str(tmp_path / "a")]))
-    # What a late stop left out is completed; the files may lie elsewhere.
-    for name in ("student.pth", "attention.png"):
-        (tmp_path / "a" / name).unlink()
-    images = shutil.copytree(folder, tmp_path / "images")
-    copy = shutil.copy(teacher, tmp_path / "copy.pth")
-    out = (tmp_path / "a").rename(tmp_path / "b")
-    assert same_run(run, main(["--resume", str(out), "--data", str(images), "--teacher", str(copy),
-                               "--workers", "1", "--data-dir", "there", "--device", "cpu"]))
-    assert {p.name for p in out.iterdir()} == RUN_FILES
 
 
 def test_resume_refuses_what_is_not_its_own(folder, tmp_path, capsys):
@@ -1748,18 +1666,15 @@ def test_what_is_given_comes_first_and_suits_the_rest(tmp_path):
 
 BAD = {
     "--teacher no/file.pth": "mae_pretrain_vit_base.pth", "--data no/folder": "neither a folder",
-    "--data empty": "no images", "--image-size 30": "multiple of patch size",
-    "--mask-ratio 0.99": "visible", "--mask-ratio 0": "hidden", "--layers 5:3": "1 to 4",
-    "--layers 1:1,1:1": "twice", "--layers 4": "pairs STUDENT:TEACHER", "--layers 1:1,": "pairs",
-    "--layers a:b": "pairs", "--layers 1:1;2:2": "pairs", "--layers 4:3 --decoupled": "together",
-    "--teacher none --decoupled": "decoupled: not with --teacher none",
+    "--data empty": "no images", "--mask-ratio 0.99": "visible", "--layers 5:3": "1 to 4",
+    "--layers 4": "pairs STUDENT:TEACHER", "--layers 1:1,": "pairs", "--layers a:b": "pairs",
+    "--layers 1:1;2:2": "pairs", "--teacher none --decoupled": "decoupled: not with --teacher none",
     "--teacher none --match probs": "match: not with", f"--out {'x' * 300}": "name too long",
     "--out file/below": "Not a dir", "--batch-size 41": "more than the 40",
     "--train-images 41": "from 1 to 40", "--warmup-epochs 3": "only 2 epochs",
-    "--crop-scale 0": "from 0.001", "--match probs,x": "choose from scores",
-    "--amp fp16": "a CUDA", "--no-mixer": "must agree: the student has 4, the teacher 3",
-    "--device toaster": "toaster cannot be used",
-    "--device meta": "meta cannot be used", "--resume empty": "leave out --batch-size, --blr"}
+    "--crop-scale 0": "from 0.001", "--amp fp16": "a CUDA", "--device meta": "meta cannot be used",
+    "--device toaster": "toaster cannot be used", "--resume empty": "leave out --batch-size, --blr",
+    "--no-mixer": "must agree: the student has 4, the teacher 3"}
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -1837,15 +1752,13 @@ def test_layer_decay_and_weight_decay_of_every_parameter_of_tiny():
 
 def test_targets_may_be_soft_or_smoothed():
     classifier = finetune.Classifier(3, image_size=16, patch_size=4, width=24, depth=2, heads=3)
-    model, images = finetune.Supervised(classifier), torch.randn(12, 3, 16, 16)
-    labels = torch.arange(12) % 3
-    first = model(images, labels)["loss"].item()
-    assert first == pytest.approx(math.log(3), abs=0.1)         # the head begins near zero
-    assert model(images, F.one_hot(labels, 3).float())["loss"].item() == pytest.approx(first)
+    images, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 3
     soft = 0.7 * F.one_hot(labels, 3) + 0.1
     expected = -(soft * classifier.logits(images).log_softmax(1)).sum(1).mean()
-    smooth = finetune.Supervised(classifier, smoothing=0.3)
-    assert torch.allclose(smooth(images, labels)["loss"], expected)
+    assert expected.item() == pytest.approx(math.log(3), abs=0.1)       # the head begins near zero
+    for smoothing, targets in ((0.0, soft), (0.3, labels)):
+        model = finetune.Supervised(classifier, smoothing)
+        assert torch.allclose(model(images, targets)["loss"], expected)
 
 
 def test_initialisations_differ_exactly_where_they_should(run):
@@ -1919,7 +1832,8 @@ def test_a_classifiers_file_is_a_start_a_teacher_and_a_result(fine, folder, tmp_
     result = finetune.main(["--eval", str(tmp_path / "mae_tiny_ft.pth.tar"), "--data", folder])
     _, test = data.open_data(folder, data.FOLDER, (16, 16))
     images, labels = next(test.plain(torch.arange(16)))
-    assert result["top1"] == (model.logits(images).argmax(1) == labels).float().mean()
+    loss = F.cross_entropy(model.logits(images), labels).item()
+    assert result["test_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_timm_evaluates_the_saved_model_to_the_same(run, folder, tmp_path):
@@ -1946,8 +1860,11 @@ def test_timm_evaluates_the_saved_model_to_the_same(run, folder, tmp_path):
     assert log_of(tmp_path / "a")[0]["test_loss"] == pytest.approx(loss, rel=0.01)
 
 
-def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder, tmp_path, stop,
-                                                               capsys):
+def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder, tmp_path,
+                                                               monkeypatch, capsys):
+    """Interrupted at its eighth step, in the middle of the second epoch."""
+    steps = itertools.chain([DEFAULT] * 7, [KeyboardInterrupt], itertools.repeat(DEFAULT))
+    monkeypatch.setattr(dmae, "train_step", Mock(wraps=dmae.train_step, side_effect=steps))
     out, init = tmp_path / "a", shutil.copy(run / "student.pth", tmp_path / "student.pth")
     with pytest.raises(SystemExit) as end:
         tune(init, folder, AUGMENTED, out)
@@ -1961,18 +1878,7 @@ def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder
     fails([*resume, "--init", fine["out"] + "/model.pth"], "not what the run", capsys, finetune)
     moved = init.rename(tmp_path / "moved.pth")
     fails(resume, "student.pth", capsys, finetune)
-    content = config(out)
-    del content["settings"]["label_fraction"]
-    whole = (out / "config.json").read_text()
-    (out / "config.json").write_text(json.dumps(content))
-    fails([*resume, "--init", moved], "config.json is damaged", capsys, finetune)
-    (out / "config.json").write_text(whole)
-    images = shutil.copytree(folder, tmp_path / "images")
-    for part in ("train", "val"):
-        (images / part / "a").rename(images / part / "z")
-    resume += ["--init", str(moved)]
-    fails([*resume, "--data", images], "40 training images of 8 classes, not", capsys, finetune)
-    assert finetune.main(resume)["top1"] == fine["top1"]
+    assert finetune.main([*resume, "--init", str(moved)])["top1"] == fine["top1"]
 
 
 def test_two_steps_of_sgd_by_hand(run, folder, tmp_path, monkeypatch):
@@ -2049,8 +1955,7 @@ def colours(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["linear", "knn"])
 @pytest.mark.parametrize("flags, top1", [
-    ("", 1), ("--pool cls", 1), ("--block 2", 1), ("--block 0", 1),
-    ("--block 0 --pool cls", 1 / 3)])
+    ("", 1), ("--block 0", 1), ("--block 0 --pool cls", 1 / 3)])
 def test_probes_tell_separable_features_apart_and_constant_ones_not(run, colours, tmp_path, mode,
                                                                     flags, top1):
     """The class token before the first block is the same for every image."""
@@ -2148,7 +2053,6 @@ def test_batch_augmentation_mixes_images_and_labels_alike():
 
 BAD_TUNING = {
     "": "--init is missing.*FILE.*none.*--eval", "--init {file}": "holds no plain ViT",
-    "--init no.pth": "no file", "{student} --data petz": "neither a folder nor one of",
     "{student} --data {here}/flat": "cannot be learnt: it needs images in .*flat/train/CLASS/",
     "{student} --data {here}/broken": "of 16 images cannot be read",
     "--eval {here}/deit.pth:3": "holds no classifier",
@@ -2170,9 +2074,7 @@ BAD_TUNING = {
     "--eval {model} --seed 1": "--seed has no meaning with --eval",
     "--eval {model} --data {colours}": "tells 8 classes apart, a, b, c ...,",
     "--eval {model} --data {here}/renamed": "8 classes apart",
-    "--eval {fine}/checkpoint.pth": "checkpoint to resume from",
-    "{student} --out {run}": "holds a run", "{student} --out {folder}/train/b": "inside the data",
-    "{student} --device toaster": "toaster cannot be used"}
+    "--eval {fine}/checkpoint.pth": "checkpoint to resume from"}
 
 
 @pytest.fixture(scope="module")
@@ -2234,16 +2136,23 @@ def test_process_default_run_shortened_by_two_under_torchrun(tmp_path):
     assert weights(out)["mixers.scores:6:6"].shape == (8, 8)
 
 
-def test_process_killed_and_resumed(folder, teacher, tmp_path):
+def test_process_killed_and_resumed_wherever_its_files_lie(folder, teacher, tmp_path):
     process = start(*arguments(folder, teacher, "--epochs 12", tmp_path / "killed"))
     while not (tmp_path / "killed" / "checkpoint.pth").exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and len(log_of(tmp_path / "killed")) < 13
-    resumed = main(["--resume", str(tmp_path / "killed")])
+    assert process.returncode == -9 and len(log_of(tmp_path / "killed")) < 13
     straight = main(arguments(folder, teacher, "--epochs 12", tmp_path / "straight"))
-    assert same_run(resumed, straight)
+    out = (tmp_path / "killed").rename(tmp_path / "moved")
+    images = shutil.copytree(folder, tmp_path / "images")
+    eyes = shutil.copy(teacher, tmp_path / "eyes.pth")
+    resume = ["--resume", str(out), "--data", str(images), "--teacher", str(eyes),
+              "--workers", "1", "--data-dir", "there", "--device", "cpu"]
+    assert same_run(main(resume), straight)
+    for name in ("student.pth", "attention.png"):                    # what a late stop leaves out
+        (out / name).unlink()
+    assert same_run(main(resume), straight) and {p.name for p in out.iterdir()} == RUN_FILES
 
 
 def test_process_two_under_torchrun(run, folder, teacher, tmp_path):

@@ -101,7 +101,7 @@ class PlainAttention(Attention):
 class PlainViT(ViT):
     """Embeds every patch, then drops; always runs all blocks and the final norm."""
 
-    def forward(self, images, ids_keep=None, tokens_of=(), scores_of=()):
+    def forward(self, images, ids_keep=None, tokens_of=(), scores_of=(), extra=None):
         x = self.patch_embed["proj"](images).flatten(2).mT + self.pos_embed[:, 1:]
         x = x if ids_keep is None else x.take_along_dim(ids_keep[..., None], dim=1)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
