@@ -40,8 +40,10 @@ def mlp(*widths, activation=nn.GELU, batch_norm=False):
 
 
 @torch.no_grad()
-def follow(average, model, momentum):
-    """Moves the weights of `average` towards the model's: average * momentum + model * the rest."""
+def follow(average, model, rate, done):
+    """Moves the weights of `average` towards the model's: average * momentum + model * the rest.
+    The momentum goes from 1 - rate to 1. done: the share of all steps behind."""
+    momentum = 1 - rate * (1 + math.cos(math.pi * done)) / 2
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
         old.lerp_(new, 1 - momentum)
 
@@ -70,7 +72,7 @@ class SimMIM(nn.Module):
     Hidden patches are mask tokens in the encoder's input; all tokens go through it; the head is one
     linear layer. Patches are hidden two by two, 60 % of them."""
 
-    def __init__(self, vit, s):
+    def __init__(self, vit, classes):
         super().__init__()
         self.encoder, width = vit, vit.width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -106,7 +108,7 @@ class MoCoV3(nn.Module):
 
     temperature = 0.2
 
-    def __init__(self, vit, s):
+    def __init__(self, vit, classes):
         super().__init__()
         self.encoder = vit
         self.projector = mlp(vit.width, 512, 512, 128, activation=nn.ReLU, batch_norm=True)
@@ -131,9 +133,7 @@ class MoCoV3(nn.Module):
         return 2 * self.temperature * F.cross_entropy(scores, right)
 
     def after_step(self, done):
-        """done: the share of all steps behind. The momentum goes from 0.99 to 1."""
-        momentum = 1 - 0.01 * (1 + math.cos(math.pi * done)) / 2
-        follow(self.average, nn.ModuleList([self.encoder, self.projector]), momentum)
+        follow(self.average, nn.ModuleList([self.encoder, self.projector]), 0.01, done)
 
 
 class DINO(nn.Module):
@@ -144,7 +144,7 @@ class DINO(nn.Module):
 
     student_temperature, teacher_temperature = 0.1, 0.04
 
-    def __init__(self, vit, s, prototypes=1024):
+    def __init__(self, vit, classes, prototypes=1024):
         super().__init__()
         self.encoder, self.neck = vit, mlp(vit.width, 512, 512, 128)
         self.prototypes = nn.utils.parametrizations.weight_norm(
@@ -182,17 +182,15 @@ class DINO(nn.Module):
         return -(torch.cat([second, first]) * logs).sum(dim=1).mean()
 
     def after_step(self, done):
-        """The momentum goes from 0.996 to 1."""
-        momentum = 1 - 0.004 * (1 + math.cos(math.pi * done)) / 2
-        follow(self.average, self.parts(), momentum)
+        follow(self.average, self.parts(), 0.004, done)
 
 
 class Supervised(nn.Module):
     """L = cross-entropy of a linear layer on the mean patch token; the layer is thrown away."""
 
-    def __init__(self, vit, s):
+    def __init__(self, vit, classes):
         super().__init__()
-        self.encoder, self.head = vit, nn.Linear(vit.width, s.classes)
+        self.encoder, self.head = vit, nn.Linear(vit.width, classes)
 
     def inputs(self, views, labels, generator):
         return views[0], labels
@@ -226,9 +224,8 @@ def pretrain(method, s):
     require(count == 1 or isinstance(train, SmallSet), f"{method} contrasts two crops of an image, "
             "and of files one is read: name a small set")
     require(method != "supervised" or train.labels is not None, "supervised needs classes")
-    s.classes = len(train.classes)
     steps, _, _ = run.divide(len(train))
-    model = kind(vit, s).to(run.device)
+    model = kind(vit, len(train.classes)).to(run.device)
     replica = run.replicate(model)
     run.open_folder()
     total, warmup = s.epochs * steps, round(s.warmup_epochs * steps)

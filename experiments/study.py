@@ -346,10 +346,9 @@ def tables(lines):
 def figure(lines, path):
     """Linear probe and 1 % of the labels by each method, mean and deviation, beside the paper's
     Pets and Flowers."""
-    from matplotlib.figure import Figure
     sets = [data for data in DATA if any(values_of(lines, data, row, "linear") for row in PAPER)]
-    sheet = Figure(figsize=(2 + 3.3 * (1 + len(sets)), 3.6), layout="constrained")
-    axes = sheet.subplots(1, 1 + len(sets), sharey=True, squeeze=False)[0]
+    size = 2 + 3.3 * (1 + len(sets)), 3.6
+    sheet, (axes,) = analyze.new_figure(*size, 1, 1 + len(sets), sharey=True)
     for axis, data in zip(axes, [*sets, None]):
         for i, column in enumerate(("linear", "1%")):
             values = [list(values_of(lines, data, row, column).values()) if data

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -16,14 +17,14 @@ import torch
 from PIL import Image
 from torch import nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
-from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 import data
 import dmae
 import finetune
 from dmae import DMAE, MAE, ViT
-from data import SETS, InputError
+from data import InputError
 from experiments import analyze, deploy, detect, first_run, loader, rivals, speed, study
 
 # torchvision announces the end of its decoders; the core does without them when it comes. The other
@@ -42,17 +43,12 @@ def few_shapes(monkeypatch, tmp_path):
     torch.manual_seed(0)
 
 
-def student_of(teacher, match="scores"):
-    """An untrained student of 32-pixel images, in a model with a teacher from a file."""
-    return DMAE(MAE(ViT(32, 4, 3, 32, 2, 4), 16, 1, 2), dmae.load_vit(teacher), match=match)
-
-
 @pytest.fixture
 def files():
     """(a student.pth, the file of its teacher, the model that the first holds)."""
     torch.manual_seed(1)
     dmae.save_student(Path("teacher.pth"), MAE(ViT(64, 8, 3, 24, 3, 3), 16, 1, 2))
-    model = student_of("teacher.pth")
+    model = DMAE(MAE(ViT(32, 4, 3, 32, 2, 4), 16, 1, 2), dmae.load_vit("teacher.pth"))
     Path("run").mkdir()
     dmae.save_student(Path("run/student.pth"), model)
     return "run/student.pth", "teacher.pth", model
@@ -69,21 +65,13 @@ def fails(program, words, argv, capsys):
 # ========================================================================================= analysis
 
 
-def test_distance_and_entropy_against_loops():
-    """The class token's row and column do not count. Uniform attention on the paper's grid reaches
-    7.28 patches; looking at oneself has neither distance nor entropy."""
-    scores = torch.randn(1, 2, 7, 7)
-    found = analyze.distance_and_entropy(scores, (2, 3))
-    for head in range(2):
-        distance = entropy = 0.0
-        for q in range(6):
-            weights = [math.exp(scores[0, head, 1 + q, 1 + k]) for k in range(6)]
-            for k, weight in enumerate(weights):
-                a = weight / sum(weights)
-                distance += a * math.dist(divmod(q, 3), divmod(k, 3)) / 6
-                entropy -= a * math.log(a) / 6
-        assert found[:, 0, head].tolist() == pytest.approx([distance, entropy], rel=1e-5)
-    assert analyze.patch_distances((14, 14)).mean().item() == pytest.approx(7.28, abs=5e-3)
+def test_distance_and_entropy_against_numpy_and_torchs_distributions():
+    """Of patches alone. Looking at oneself has neither distance nor entropy."""
+    scores, places = torch.randn(1, 2, 7, 7), np.array(list(np.ndindex(2, 3)))
+    looks = torch.distributions.Categorical(logits=scores[:, :, 1:, 1:])
+    apart = torch.tensor(np.linalg.norm(places[:, None] - places, axis=2)).float()
+    expected = torch.stack([(looks.probs * apart).sum(dim=-1), looks.entropy()]).mean(dim=-1)
+    torch.testing.assert_close(analyze.distance_and_entropy(scores, (2, 3)), expected)
     assert analyze.distance_and_entropy(200 * torch.eye(7)[None, None], (2, 3)).abs().max() < 1e-6
 
 
@@ -109,14 +97,11 @@ def test_cka_of_rotations_scalings_and_noise():
 
 def test_measure_is_the_mean_over_images_whatever_the_pieces():
     vits = [ViT(32, 8, 3, 24, 2, 3), ViT(48, 8, 3, 24, 3, 3)]
-    images = torch.randint(256, (16, 3, 20, 20), dtype=torch.uint8)
-    sources = [data.SmallSet(images, None, [], data.SETS["shapes"], vit.config["image_size"])
-               for vit in vits]
+    sources = [analyze.open_images("shapes", "data", vit) for vit in vits]
     (small, large), cka = analyze.measure(vits, sources, torch.arange(16), batch=8, piece=3)
     again, cka_again = analyze.measure(vits, sources, torch.arange(16), batch=8, piece=16)
     assert small.shape == (2, 2, 3) and large.shape == (2, 3, 3) and cka.shape == (7, 7)
     assert torch.allclose(again[1], large) and torch.allclose(cka, cka_again, atol=1e-5)
-    assert torch.allclose(cka.diagonal(), torch.ones(7, dtype=torch.float64))
     seen, _ = next(sources[1].plain(torch.arange(16)))
     tokens, scores = vits[1](seen, tokens_of=range(4), scores_of=[2])
     expected = analyze.distance_and_entropy(scores[2], (6, 6)).mean(1)
@@ -126,14 +111,10 @@ def test_measure_is_the_mean_over_images_whatever_the_pieces():
                        vits[1].blocks[1].norm1(tokens[1])[:, 1:].flatten(1))
 
 
-def explored(*argv):
-    return analyze.main([*map(str, argv), "--batch-size", "5", "--workers", "0"])
-
-
 def test_an_analysis_leaves_numbers_and_figures(files, capsys):
     pytest.importorskip("matplotlib")
     student, teacher, model = files
-    numbers = explored(student, "--teacher", teacher, "--pictures", 2, "--out", "a")
+    numbers = analyze.main([student, "--teacher", teacher, "--pictures", "2", "--out", "a"])
     saved = json.loads(Path("a/analysis.json").read_text())
     assert saved == json.loads(json.dumps(numbers)) and saved["settings"]["images"] == 80
     ours, theirs = saved["models"]
@@ -174,32 +155,28 @@ def test_agreement_of_scores_is_the_distance_that_is_trained_on(files):
     assert torch.allclose(analyze.fit_mixer(ours, mixed), 2 * M, atol=1e-3)
 
 
-def test_mixers_that_do_not_apply_are_not_used_and_said(files, monkeypatch, capsys):
+def test_what_does_not_apply_is_left_out_and_said(files, monkeypatch, capsys):
+    """Mixers of another teacher and of probabilities; CKA of images all alike; figures."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    student, teacher, _ = files
+    student, teacher, model = files
     Path("probs").mkdir()
-    dmae.save_student(Path("probs/student.pth"), student_of(teacher, match="probs"))
+    dmae.save_student(Path("probs/student.pth"), DMAE(model.student, model.teacher, match="probs"))
     Path("run/config.json").write_text(json.dumps(dict(teacher_sha256="of another file")))
-    numbers = explored(student, "probs/student.pth", "--teacher", teacher)
+    for i in range(8):
+        Image.new("RGB", (32, 32), "red").save(f"run/{i}.png")
+    numbers = analyze.main([student, "probs/student.pth", "--teacher", teacher, "--data", "run",
+                            "--batch-size", "5", "--workers", "0"])
     output = capsys.readouterr().out
-    assert "probs: its M is not between the scores" in output
+    assert "probs: its M is not between the scores" in output and "CKA is undefined" in output
     assert "run: distilled from another teacher" in output and "pip install matplotlib" in output
     assert all("learnt" not in errors["masked"] for errors in numbers["scores"].values())
+    assert not np.isfinite(numbers["cka"]["run | run"]).all()
+    assert "NaN" not in Path("analysis/analysis.json").read_text()
 
 
 def test_names_of_models_differ():
     paths = ["a/x/student.pth", "b/x/student.pth", "x 2.pth.tar", "y.v1.pth", "y.v2.pth:3", "$.pth"]
     assert analyze.names_of(paths) == ["x", "x 2", "x 2 2", "y.v1", "y.v2", "_"]
-
-
-def test_images_all_alike_have_no_cka(files, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for i in range(8):
-        Image.new("RGB", (32, 32), "red").save(f"run/{i}.png")
-    numbers = explored(files[0], "--data", "run")
-    text = Path("analysis/analysis.json").read_text()
-    assert "NaN" not in text and math.isnan(numbers["cka"]["run | run"][0][0])
-    assert "CKA is undefined" in capsys.readouterr().out
 
 
 def test_bad_analysis_input_is_one_line(files, capsys):
@@ -208,13 +185,11 @@ def test_bad_analysis_input_is_one_line(files, capsys):
     content["model"]["norm.bias"][0] = math.nan
     torch.save(content, "nan.pth")
     for words, *argv in (
-            ("neither a folder", student, "--data", "petz"), ("no file", "no.pth"),
             ("run has 2 blocks", student, "--block", 3), ("not finite", "nan.pth"),
             ("from --batch-size, 64", student, "--images", 4),
             ("of the 80 that", student, "--images", 99), ("4 to", student, "--batch-size", 3),
             ("inside the data", student, "--data", "run", "--out", "run/a"),
-            ("File exists: 'nan.pth'", student, "--out", "nan.pth"),
-            ("are missing", "--seed", 1), ("device", student, "--device", "toaster")):
+            ("File exists: 'nan.pth'", student, "--out", "nan.pth"), ("are missing", "--seed", 1)):
         fails(analyze, words, argv, capsys)
     assert not Path("analysis").exists()
 
@@ -295,23 +270,20 @@ def test_every_cell_is_a_command_of_its_program():
     """The flags of each parse, and no student is trained by the command of another."""
     s = argparse.Namespace(seeds="0,1", rows=None, columns=None, data=None)
     texts = {cell: study.command(*cell) for cell in study.cells(s)}
-    programs = {"dmae.py": dmae, "finetune.py": finetune, "-m experiments.detect": detect,
-                **{f"-m experiments.rivals {method}": rivals for method in rivals.METHODS}}
+    programs = {"dmae.py": dmae, "finetune.py": finetune, "experiments.detect": detect,
+                "experiments.rivals": rivals, "experiments.analyze": analyze}
     for cell, text in texts.items():
-        for name, program in programs.items():
-            if text.startswith(f"python {name} "):
-                argv = text.removeprefix(f"python {name} ").split()
-                with dmae.command_line(name, program.FLAGS, argv) as given:
-                    assert given["seed"] == cell[2] and (
-                        given["data"] == cell[0] or cell[3].startswith(("transfer", "box", "mask")))
-                break
-        else:
-            assert text.startswith("python -m experiments.analyze runs/")
+        name, *argv = text.removeprefix("python ").removeprefix("-m ").split()
+        first = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+        assert all(word in study.LEFT_BY or word in rivals.METHODS for word in first)
+        with dmae.command_line(name, programs[name].FLAGS, argv[len(first):]) as given:
+            assert given["seed"] == cell[2] and (
+                given["data"] == cell[0] or cell[3].startswith(("transfer", "box", "mask")))
     students = [text for cell, text in texts.items() if cell[3] == "pretrain"]
     assert len(set(students)) == len(students) > 40
 
 
-def test_first_run_measures_once_and_tables_what_it_measured(tmp_path):
+def test_first_run_measures_once(tmp_path):
     lines, key = [], dict(row="D-MAE", column="k-NN", seed=0)
     for _ in range(2):                                          # the second has nothing to do
         first_run.run(tmp_path / "lines", lines, key,
@@ -320,8 +292,6 @@ def test_first_run_measures_once_and_tables_what_it_measured(tmp_path):
     log = [json.loads(text) for text in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert lines == [line] and line.items() >= (key | dict(
         top1=log[1]["knn"], untrained=log[0]["knn"], knn_teacher=log[0]["knn_teacher"])).items()
-    rows = list(first_run.table([line, line | dict(seed=1, top1=line["top1"] + 0.02)]))
-    assert f"| {100 * line['top1'] + 1:.1f} ± 1.4 |" in rows[4] and "| |" not in rows[0]
 
 
 def test_deployed_programs_agree(tmp_path, capsys):
@@ -343,56 +313,40 @@ def test_deployed_programs_agree(tmp_path, capsys):
     assert not Path("new").exists()
 
 
-def rival(method, **changes):
-    torch.manual_seed(0)
-    kind, views, _ = rivals.METHODS[method]
-    return kind(ViT(16, 4, 3, 32, 2, 4), argparse.Namespace(classes=3, **changes)), views
-
-
 def test_losses_of_the_rivals_are_those_of_the_papers():
-    q, keys = torch.randn(6, 5), torch.randn(6, 5)
-    model, _ = rival("mocov3")
-    sure = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for b in keys])
-                        for a in q]).div(0.2).softmax(dim=1).diagonal()
-    assert model.contrast(q, keys).item() == pytest.approx(-0.4 * sure.log().mean().item())
-    model, _ = rival("dino")
+    vit, q, keys = ViT(16, 4, 3, 32, 2, 4), torch.randn(6, 5), torch.randn(6, 5)
+    sure = torch.cosine_similarity(q[:, None], keys, dim=2).div(0.2).softmax(dim=1).diagonal()
+    found = rivals.MoCoV3(vit, 3).contrast(q, keys)
+    torch.testing.assert_close(found, -0.4 * sure.log().mean())
+    model = rivals.DINO(vit, 3)
     model.centre.fill_(0.3)
-    s, t = torch.randn(2, 3, 1024), torch.randn(2, 3, 1024)              # views images prototypes
-    by_hand = sum(-(((t[i, b] - 0.3) / 0.04).softmax(0) * (s[1 - i, b] / 0.1).log_softmax(0)).sum()
-                  for i in range(2) for b in range(3)) / 6
-    assert model.cross_entropy(s.flatten(0, 1), t.flatten(0, 1)).item() == pytest.approx(
-        by_hand.item(), rel=1e-5)
-    model, _ = rival("simmim")
+    s, t = torch.randn(6, 1024), torch.randn(6, 1024)                  # two views of three images
+    expected = nn.functional.cross_entropy(s.roll(3, 0) / 0.1, ((t - 0.3) / 0.04).softmax(dim=1))
+    torch.testing.assert_close(model.cross_entropy(s, t), expected, rtol=1e-5, atol=0)
+    model = rivals.SimMIM(vit, 3)
     images = torch.randn(2, 3, 16, 16)
     _, mask = model.inputs([images], torch.zeros(2), torch.Generator().manual_seed(0))
     units = mask.view(2, 2, 2, 2, 2).transpose(2, 3).flatten(3).flatten(1, 2)      # images unit 4
     assert (units.all(-1) | ~units.any(-1)).all() and (mask.sum(1) == 8).all()     # 2 of 4 units
-    before = model(images, mask)["loss"]
-    unseen = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     model.head.weight.data.zero_()
     model.head.bias.data.zero_()
-    expected = images.abs()[unseen.expand(-1, 3, -1, -1)].mean()
+    expected = vit.patchify(images)[mask].abs().mean()
     torch.testing.assert_close(model(images, mask)["loss"], expected)
-    assert before != expected
 
 
-@pytest.mark.parametrize("method", ["mocov3", "dino"])
-def test_averages_follow_and_the_centre_moves(method):
-    model, _ = rival(method)
-    for p in model.parameters():
-        p.data += 0.1
-    moved = [p.clone() for p in model.average.parameters()]                  # they moved as well
-    model.after_step(0.0)
-    rate = 0.01 if method == "mocov3" else 0.004
-    parts = nn.ModuleList([model.encoder, *([model.projector] if method == "mocov3" else
-                                            [model.neck, model.prototypes])])
-    for a, b, p in zip(model.average.parameters(), moved, parts.parameters(), strict=True):
-        torch.testing.assert_close(a, b + rate * (p - b))
-    x = torch.randn(4, 2, 3, 16, 16)
-    loss = model(x, torch.zeros(4))["loss"]
-    loss.backward()
+@pytest.mark.parametrize("kind, rate", [(rivals.MoCoV3, 0.01), (rivals.DINO, 0.004)])
+def test_averages_follow_and_the_centre_moves(kind, rate):
+    model = kind(ViT(16, 4, 3, 32, 2, 4), 3)
+    before = [p.clone() for p in model.average.parameters()]
+    for name, p in model.named_parameters():
+        p.data += 0 if name.startswith("average.") else 0.1
+    for done, share in ((1, 0), (0, 0.1 * rate)):               # at the end no more, first by rate
+        model.after_step(done)
+        for p, old in zip(model.average.parameters(), before, strict=True):
+            torch.testing.assert_close(p, old + share)
+    model(torch.randn(4, 2, 3, 16, 16), torch.zeros(4))["loss"].backward()
     assert all(p.grad is None for p in model.average.parameters())
-    assert method == "mocov3" or model.centre.abs().sum() > 0
+    assert kind is rivals.MoCoV3 or model.centre.abs().sum() > 0
 
 
 @pytest.mark.parametrize("method", ["simmim", "mocov3", "dino", "supervised"])
@@ -405,11 +359,9 @@ def test_a_rival_leaves_a_student_that_the_core_reads(method):
     assert rivals.main([method, "--resume", str(out)]) == out                # nothing is left to do
     assert (out / "student.pth").read_bytes() == before
     vit = dmae.load_vit(out / "student.pth")
-    images, _, _ = data.draw_shapes(500, 3)
-    source = data.SmallSet(images, None, (), SETS["shapes"], (16, 16))
-    features = torch.cat([dmae.pooled_features(vit, x) for x, _ in source.plain(torch.arange(20))])
+    images, _ = next(analyze.open_images("shapes", "data", vit).plain(torch.arange(20)))
+    features = dmae.pooled_features(vit, images)
     assert features.detach().std(dim=0).mean() > 0.05                        # not collapsed
-    finetune.main(["--init", str(out / "student.pth"), "--mode", "knn", "--out", "knn"])
 
 
 def test_rivals_refuse_what_does_not_suit_them(capsys):
@@ -429,9 +381,8 @@ def small_study(monkeypatch):
     """The flags of a study of 200 training and 20 test images."""
     shapes = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda count, seed: shapes(count // 4, seed))
-    setting = dict(epochs=1, half=1, train=200, held=40, teacher=Path(
-        dmae.__file__).with_name("weights") / "shapes_teacher.pth")
-    monkeypatch.setitem(study.DATA, "shapes", study.DATA["shapes"] | setting)
+    monkeypatch.setitem(study.DATA, "shapes", study.DATA["shapes"] | dict(
+        epochs=1, half=1, train=200, held=40, teacher=dmae.RECIPES["shapes"]["teacher"]))
     return ["--data", "shapes", "--results", "r.jsonl", "--seeds", "0,1"]
 
 
@@ -450,23 +401,20 @@ def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(
         ("untrained", 1, "knn"), ("simmim", 1, "pretrain"), ("simmim", 1, "knn")]
     mae = [100 * x["top1"] for x in lines if (x["row"], x["column"]) == ("mae", "knn")]
     assert f"| MAE | {np.mean(mae):.1f} ± {np.std(mae, ddof=1):.1f} (2) |\n" in table
-    for before, x in itertools.pairwise([None, *lines]):    # what a line says is what has run
+    for before, x in itertools.pairwise([{}, *lines]):      # what a line says is what has run
+        alone = x["column"] == "pretrain" and x["row"] != "untrained"
+        assert x["files_sha256"] == ([] if alone else [before["sha256"]])
         if x["column"] == "pretrain":
             out = Path(study.folder(x["command"]))
             assert json.loads((out / "config.json").read_text())["settings"]["seed"] == x["seed"]
             assert dmae.file_hash(out / "student.pth") == x["sha256"]
-            own = x["row"] != "untrained"
-            assert x["files_sha256"] == ([] if own else [before["sha256"]])
-        else:
-            assert x["files_sha256"] == [before["sha256"]]
     Path(study.student("shapes", "simmim", 1)).unlink()
     Path(study.folder(lines[7]["command"]), "checkpoint.pth").unlink()
     study.main([*argv[:-1], "1", "--rows", "simmim", "--columns", "linear"])
     again = first_run.read("r.jsonl")[9:]        # trained anew, to the same bits
     assert [x["column"] for x in again] == ["pretrain", "linear"]
     assert again[0]["sha256"] == lines[7]["sha256"]
-    monkeypatch.setitem(study.ROWS, "mae", ("MAE", "mae", "--mask-ratio 0.5"))
-    monkeypatch.setitem(study.ALL_ROWS, "mae", study.ROWS["mae"])
+    monkeypatch.setitem(study.ALL_ROWS, "mae", ("MAE", "mae", "--mask-ratio 0.5"))
     table = study.main([*argv, "--rows", "scratch", "--columns", "knn"])[title]
     assert "| MAE |" not in table and "| none (scratch) |" in table
     study.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
@@ -487,16 +435,6 @@ def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(
     fails(study, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
 
 
-def test_two_columns_of_the_study_may_be_of_one_command():
-    boxes, masks = (study.command("shapes", "mae", 1, x) for x in ("boxes", "masks"))
-    assert boxes == masks == (f"python -m experiments.detect --init "
-                              f"{study.student('shapes', 'mae', 1)} --data scenes --seed 1")
-    found = dict(data="shapes", row="mae", column="boxes", command=boxes, seed=1, box_ap=30.0,
-                 mask_ap=20.0)
-    assert [study.values_of([found], "shapes", "mae", x) for x in (
-        "boxes", "masks", "boxes-200")] == [{1: 30}, {1: 20}, {}]
-
-
 def test_the_study_looks_inside(monkeypatch, small_study):
     """Seed 0 beside supervised seed 1; what is fine-tuned by itself."""
     argv, columns = small_study, ("distance-1-3", "cka-4-6", "tuned-distance-4-6")
@@ -511,8 +449,7 @@ def test_the_study_looks_inside(monkeypatch, small_study):
         ("mae", 0, "all"), ("mae", 0, "tuned-distance-4-6")]
     pair = [study.student("shapes", *x) for x in (("mae", 0), ("supervised", 1))]
     vits = [dmae.load_vit(path) for path in pair]
-    images = torch.cat([x for x, _ in analyze.open_images("shapes", "data", vits[0]).plain(
-        torch.arange(20))])
+    images, _ = next(analyze.open_images("shapes", "data", vits[0]).plain(torch.arange(20)))
     scores = vits[0](images, scores_of=[1, 2, 3])[1]
     distance = 4 * np.mean([analyze.distance_and_entropy(x, (8, 8))[0].mean().item()
                             for x in scores.values()])
@@ -541,27 +478,24 @@ def test_the_pyramid_has_strides_of_4_to_64_and_every_patch_in_its_place(patch):
 
 def test_the_first_image_may_be_flat():
     """torchvision infers the strides of the maps from the first image that it sees."""
-    vit, found = ViT(64, 4, 3, 16, 1, 2), []
-    for shape in ((3, 24, 64), (3, 64, 64)):
-        torch.manual_seed(0)
-        model = detect.Detector(vit, 2, 8, 8, contextlib.nullcontext(), box_score_thresh=0).eval()
-        for size in (shape, (3, 64, 64)):
-            torch.manual_seed(1)
-            boxes = model([torch.rand(size)])[0]["boxes"]
-        found.append(boxes)
-    assert len(found[0]) and torch.equal(*found)
+    first, second = (detect.Detector(ViT(64, 4, 3, 16, 1, 2), 2, 8, 8, contextlib.nullcontext(),
+                                     box_score_thresh=0).eval() for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    first([torch.rand(3, 24, 64)])
+    image = torch.rand(3, 64, 64)
+    boxes, expected = (model([image])[0]["boxes"] for model in (first, second))
+    assert len(boxes) and torch.equal(boxes, expected)
 
 
-def test_scenes_have_exact_boxes_and_ap_is_right_of_perfect_and_of_empty_results():
+def test_scenes_have_exact_boxes_and_ap_is_right_of_finds_and_of_none():
     pytest.importorskip("pycocotools")
-    from experiments import scenes
-    for folder in ("a", "b"):
-        scenes.write_scenes(folder, "train", 12, seed=5)
-    files = sorted(path.relative_to("a") for path in Path("a").rglob("*.*"))
-    assert len(files) == 13 and all(Path("a", f).read_bytes() == Path("b", f).read_bytes()
-                                    for f in files)
-    drawn, results = scenes.open_coco("a", "train"), []
-    for image, target in drawn:
+    for folder in "ab":
+        detect.write_scenes(folder, "train", 12, seed=5)
+    a, b = ({path.name: path.read_bytes() for path in Path(x).rglob("*.*")} for x in "ab")
+    assert a == b and len(a) == 13
+    drawn, found = detect.open_coco("a", "train"), []
+    shrunk = detect.open_coco("a", "train", v2.Resize(64))
+    for (image, target), (_, small) in zip(drawn, shrunk, strict=True):
         boxes = masks_to_boxes(target["masks"])
         assert image.shape == (3, 96, 96) and image.max() <= 1 and len(boxes) >= 1
         torch.testing.assert_close(target["boxes"].as_subclass(torch.Tensor),
@@ -569,33 +503,25 @@ def test_scenes_have_exact_boxes_and_ap_is_right_of_perfect_and_of_empty_results
         assert target["masks"].sum(dim=0).max() == 1
         for mask in target["masks"].bool():                   # one colour, but for edge and noise
             assert image[:, mask].median(dim=1)[0].sub(image[:, mask].T).abs().median() < 0.05
-    for x in drawn.coco.dataset["annotations"]:
-        results.append({name: x[name] for name in (
-            "image_id", "category_id", "bbox", "segmentation")} | dict(score=1.0))
-    assert detect.average_precision(drawn.coco, results) == pytest.approx(
-        dict(box_ap=100, box_ap50=100, mask_ap=100, mask_ap50=100))
-    assert set(detect.average_precision(drawn.coco, []).values()) == {0}
-    for x in results:                             # moved by a fifth, boxes overlap by two thirds
-        x["bbox"] = [x["bbox"][0] + x["bbox"][2] / 5, *x["bbox"][1:]]
-    moved = detect.average_precision(drawn.coco, results)
-    assert moved["box_ap50"] == pytest.approx(100) and moved["box_ap"] == pytest.approx(40)
-    # What the mask head is taught, 28 x 28 pixels of an image of 64, pasted back by torchvision.
-    results, shrunk = [], scenes.open_coco("a", "train", v2.Resize(64))
-    for (_, target), (_, small) in zip(drawn, shrunk, strict=True):
+        # As if found: boxes moved by a fifth, which overlap by two thirds; masks as their head is
+        # taught them, 28 x 28 pixels of an image of 64, pasted back by torchvision.
+        fifth = (target["boxes"][:, 2:3] - target["boxes"][:, :1]) / 5
         taught = project_masks_on_boxes(
-            small["masks"], small["boxes"], torch.arange(len(small["boxes"])), 28)
-        pasted = paste_masks_in_image(taught[:, None], target["boxes"], (96, 96))[:, 0] > 0.5
-        results += [dict(image_id=target["image_id"], category_id=label, bbox=box, score=1.0,
-                         segmentation=scenes.encoded(mask)) for label, box, mask in zip(
-            target["labels"].tolist(), box_convert(target["boxes"], "xyxy", "xywh").tolist(),
-            pasted)]
-    found = detect.average_precision(drawn.coco, results)
-    assert found["box_ap"] == pytest.approx(100) and 65 < found["mask_ap"] < 95
+            small["masks"], small["boxes"], torch.arange(len(boxes)), 28)
+        found.append(dict(
+            boxes=target["boxes"] + fifth * torch.tensor([1, 0, 1, 0]), labels=target["labels"],
+            scores=torch.ones(len(boxes)),
+            masks=paste_masks_in_image(taught[:, None], target["boxes"], (96, 96))))
+    results = detect.detect(Mock(return_value=found), drawn)
+    ap = detect.average_precision(drawn.coco, results)
+    assert (ap["box_ap"], ap["box_ap50"]) == pytest.approx((40, 100))
+    assert 65 < ap["mask_ap"] < 95 and ap["mask_ap"] < ap["mask_ap50"]
+    assert set(detect.average_precision(drawn.coco, []).values()) == {0}
 
 
 def test_detection_learns_scenes_and_goes_on_where_it_was_stopped(monkeypatch, capsys):
     pytest.importorskip("pycocotools")
-    write, save = detect.write_scenes, dmae.Run.save_checkpoint
+    write = detect.write_scenes
     monkeypatch.setattr(detect, "write_scenes", lambda root, split, count, seed: write(
         root, split, count // 100, seed))
     dmae.save_student(Path("s.pth"), MAE(ViT(32, 4, 3, 16, 2, 2), 16, 1, 2))
@@ -606,12 +532,10 @@ def test_detection_learns_scenes_and_goes_on_where_it_was_stopped(monkeypatch, c
     assert {"box_ap", "box_ap50", "mask_ap", "mask_ap50", "loss_mask"} <= whole.keys()
     assert Image.open("whole/detection_4.png").size == (768, 384)
 
-    def stop(run, train):
-        save(run, train)
-        raise InputError("stopped here")
-    monkeypatch.setattr(dmae.Run, "save_checkpoint", stop)
-    fails(detect, "stopped here", [*argv, "part"], capsys)
-    monkeypatch.setattr(dmae.Run, "save_checkpoint", save)
+    with monkeypatch.context() as patch:                      # stopped as the second epoch begins
+        patch.setattr(detect, "seed_of", Mock(
+            wraps=data.seed_of, side_effect=[DEFAULT, InputError("stopped here")]))
+        fails(detect, "stopped here", [*argv, "part"], capsys)
     again = detect.main(["--resume", "part"])
     assert {n: x for n, x in again.items() if "second" not in n and n != "minutes"} == {
         n: x for n, x in whole.items() if "second" not in n and n != "minutes"}
@@ -627,7 +551,6 @@ def test_detection_learns_scenes_and_goes_on_where_it_was_stopped(monkeypatch, c
 
 def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps(capsys):
     pytest.importorskip("pycocotools")
-    from experiments import scenes
     square = [[8, 4, 40, 4, 40, 28, 8, 28]]
     crowd = dict(size=[48, 64], counts=[48 * 32, 48 * 32])                     # the right half
     for split in ("train", "val"):
@@ -642,7 +565,7 @@ def test_detection_reads_cocos_layout_with_polygons_crowds_and_gaps(capsys):
             annotations=[dict(id=k, image_id=i, category_id=c, segmentation=what, iscrowd=many,
                               area=768, bbox=[32, 0, 32, 48] if many else [8, 4, 32, 24])
                          for k, (i, c, what, many) in enumerate(kinds, start=1)])))
-    train, val = scenes.open_coco("coco", "train"), scenes.open_coco("coco", "val")
+    train, val = detect.open_coco("coco", "train"), detect.open_coco("coco", "val")
     assert train.ids == [1] and val.ids == [1, 7, 9]
     [(_, target)] = train
     assert target["boxes"].tolist() == [[8, 4, 40, 28]] and target["labels"].tolist() == [2]
