@@ -316,8 +316,7 @@ def test_deployed_programs_agree(tmp_path, capsys):
 def test_losses_of_the_rivals_are_those_of_the_papers():
     vit, q, keys = ViT(16, 4, 3, 32, 2, 4), torch.randn(6, 5), torch.randn(6, 5)
     sure = torch.cosine_similarity(q[:, None], keys, dim=2).div(0.2).softmax(dim=1).diagonal()
-    found = rivals.MoCoV3(vit, 3).contrast(q, keys)
-    torch.testing.assert_close(found, -0.4 * sure.log().mean())
+    torch.testing.assert_close(rivals.MoCoV3(vit, 3).contrast(q, keys), -0.4 * sure.log().mean())
     model = rivals.DINO(vit, 3)
     model.centre.fill_(0.3)
     s, t = torch.randn(6, 1024), torch.randn(6, 1024)                  # two views of three images
@@ -360,8 +359,7 @@ def test_a_rival_leaves_a_student_that_the_core_reads(method):
     assert (out / "student.pth").read_bytes() == before
     vit = dmae.load_vit(out / "student.pth")
     images, _ = next(analyze.open_images("shapes", "data", vit).plain(torch.arange(20)))
-    features = dmae.pooled_features(vit, images)
-    assert features.detach().std(dim=0).mean() > 0.05                        # not collapsed
+    assert dmae.pooled_features(vit, images).std(dim=0).mean() > 0.05        # not collapsed
 
 
 def test_rivals_refuse_what_does_not_suit_them(capsys):
@@ -420,7 +418,6 @@ def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(
     study.main([*argv[:-1], "0", "--rows", "mae,mae@6e-3", "--columns", "knn,held-out"])
     lines = first_run.read("r.jsonl")[13:]
     assert [x["column"] for x in lines] == ["pretrain", "held-out", "pretrain", "knn"]
-    assert "--blr 6e-3 --epochs 1 --train-images 160" in lines[0]["command"]
     assert lines[0]["images"] == 128
     fails(study, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
     fails(study, "dinov2.safetensors is not there", ["--rows", "mae,from-dinov2"], capsys)
