@@ -827,7 +827,7 @@ def command_line(prog, flags, argv):
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; a run with a checkpoint.pth goes on with --resume DIR\n")
     except (torch.OutOfMemoryError, torch._dynamo.exc.ShortenTraceback) as error:
-        parser.error(f"--micro-batch N needs less memory, --no-compile no C compiler: {error}")
+        parser.error(f"--micro-batch N saves memory, --no-compile needs no C compiler: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -917,7 +917,7 @@ class Run:
         cuda = self.device.type == "cuda"
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         s.amp = s.amp or ("bf16" if bf16 else "fp16" if cuda else "off")
-        s.compile = cuda and os.name == "posix" if s.compile is None else s.compile  # has Triton
+        s.compile = cuda and os.name != "nt" if s.compile is None else s.compile   # nt: no Triton
         require(cuda or s.amp != "fp16", "--amp fp16 needs a CUDA device: take bf16 or off")
         if self.world > 1 and cuda:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
