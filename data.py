@@ -2,7 +2,7 @@
 
 `open_data` returns a training and a test source. A `SmallSet` keeps all its images on the device
 and augments a whole batch there; `Files` reads and crops in DataLoader workers.
-Shapes in comments: b batch, c channels, h and w pixels of an image, H and W of what is made of it.
+Letters in shapes: b batch, c channels, h x w an image as it is stored, H x W as it is returned.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from torchvision import datasets
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
-# torchvision means to drop it; Pillow reads all that it reads.
+# torchvision plans to remove it; without it, Pillow reads the same files, more slowly.
 decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 
 COLUMNS = "channels", "mean", "std", "image_size", "patch_size", "crop_scale"
@@ -55,14 +55,14 @@ def require(condition, message):
 class Source(Dataset):
     """Images to train or to test on. row: the set's row of SETS, possibly overridden. size: (H, W).
 
-    items: uint8 images (N, c, h, w), or paths (N,). labels: (N,) int64 or None. classes: what they
-    number. root: the folder of the files. bicubic: share of the crops that are, the others are
-    bilinear. policy: None, or a further, random transform of a uint8 image.
+    items: uint8 images (N, c, h, w), or paths (N,). labels: (N,) int64 or None. classes: the names
+    that labels index. root: the folder of the files. bicubic: share of the crops resized so, the
+    others are resized bilinearly. policy: None, or one more random transform of a uint8 image.
     broken: the paths that could not be read.
 
     batches(order, epoch) yields (uint8 images, labels or None) for each tensor of indices in order;
-    draw(b, generator) returns random numbers for a batch of b, a tuple of tensors of b rows;
-    augment(images, *draws) returns what is trained on: float (b, c, H, W), normalised."""
+    draw(b, generator) returns a batch's random numbers, a tuple of tensors with b rows each;
+    augment(images, *draws) returns the training input: float (b, c, H, W), normalised."""
 
     def __init__(self, items, labels, classes, row, size, device="cpu", workers=0, seed=0,
                  root=None):
@@ -99,7 +99,7 @@ class Source(Dataset):
 
 
 def resize_and_crop(images, size):
-    """For evaluation, images (..., h, w): resized to 256/224 of size (H, W), then the centre."""
+    """Evaluation crop of (..., h, w): shorter side to 256/224 of max(size), then the centre."""
     images = TF.resize(images, [round(max(size) * 256 / 224)], InterpolationMode.BICUBIC)
     return TF.center_crop(images, size)
 
@@ -108,11 +108,11 @@ def resize_and_crop(images, size):
 
 
 def random_crops(count, min_scale, generator):
-    """Random resized crops of square images, half of them mirrored, as F.affine_grid takes them:
-    (count, 2, 3), from places in the crop to places in the image, both (x, y) from -1 to 1.
+    """Random resized crops of square images, half of them mirrored, as matrices for F.affine_grid:
+    (count, 2, 3), mapping (x, y) in the crop to (x, y) in the image, both from -1 to 1.
 
     As torchvision's RandomResizedCrop: area uniform in (min_scale, 1), aspect ratio log-uniform in
-    (3/4, 4/3); of ten tries the first that fits, else the whole image."""
+    (3/4, 4/3); the first of ten tries that fits, else the whole image."""
     where = dict(device=generator.device, generator=generator)
     area = min_scale + (1 - min_scale) * torch.rand(count, 10, **where)
     ratio = torch.exp(math.log(4 / 3) * (2 * torch.rand(count, 10, **where) - 1))
@@ -140,8 +140,8 @@ class SmallSet(Source):
         return random_crops(b, self.crop_scale, generator), seeds, coin < self.bicubic
 
     def augment(self, images, crops, seeds, bicubic):
-        # The pixels beside a crop take part at its edge, where torchvision repeats the edge. Not
-        # antialiased: crops are mostly enlarged. Shrunk to less than half, pixels are skipped.
+        # Near a crop's edge, interpolation uses pixels beyond it; torchvision repeats the edge. Not
+        # antialiased, as crops are mostly enlarged: shrunk to less than half, they skip pixels.
         grid = F.affine_grid(crops, [len(images), 1, *self.size], align_corners=False)
         out = images.new_empty(*images.shape[:2], *self.size, dtype=torch.float32)
         for mode, chosen in (("bilinear", ~bicubic), ("bicubic", bicubic)):
@@ -262,12 +262,12 @@ def seed_of(*numbers):
 
 
 def write(path, save):
-    """save(a temporary name), then rename: a file is there as a whole or not at all."""
+    """Calls save(temporary path), then renames the file: it is there complete or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         save(temporary)
         os.replace(temporary, path)
-    except RuntimeError as error:                # torch.save, where the file system has refused
+    except RuntimeError as error:                # how torch.save reports that writing failed
         raise OSError(f"{path} cannot be written, is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -295,7 +295,7 @@ def seeded(seed, transform, *inputs):
 
 # -------------------------------------------------------------------------- sets by name or by path
 
-# The class in torchvision, its splits to train on and to test on, and what lies in --data-dir.
+# The class in torchvision, its splits to train and to test on, the files expected in --data-dir.
 PUBLISHED = {
     "fashion-mnist": (datasets.FashionMNIST, [True], [False], "FashionMNIST/raw/*-ubyte[.gz]"),
     "cifar10": (datasets.CIFAR10, [True], [False], "cifar-10-batches-py/"),
@@ -310,8 +310,8 @@ PUBLISHED = {
 
 
 def read_set(name, data_dir, train):
-    """The training or test part of a set by name: uint8 images (N, c, 32, 32), or paths of PHOTOS;
-    labels (N,) int64; classes. Downloads what is missing, but for cars (gone) and inat18."""
+    """(images, labels, classes) of a named set, to train or to test on: uint8 (N, c, 32, 32), or
+    paths for PHOTOS; (N,) int64. Downloads what is missing, except cars (gone) and inat18."""
     if name == "shapes":
         return draw_shapes(20_000, seed=1) if train else draw_shapes(2_000, seed=2)
     kind, training, testing, files = PUBLISHED[name]
@@ -325,7 +325,7 @@ def read_set(name, data_dir, train):
         if name in ("cifar10", "cifar100"):
             images = torch.from_numpy(first.data).permute(0, 3, 1, 2).contiguous()
             return images, torch.tensor(first.targets), first.classes
-        # torchvision gives image and label together only: its lists spare decoding the images.
+        # torchvision decodes an image to give its label: its private lists of both spare that.
         if name == "cars":
             paths, labels = zip(*first._samples, strict=True)
         elif name == "pets":
@@ -368,14 +368,14 @@ def open_data(name, row, size, data_dir="data", train_images=None, **options):
         require(len(train), f"--data {name}: no images below {where}, {' '.join(EXTENSIONS)}")
         if where != root:
             test = Files(*find_images(root / "val"), row, size, **options, root=root / "val")
-            if test.classes != train.classes:                     # its numbers mean something else
+            if test.classes != train.classes:               # its labels would mean other classes
                 test.labels = None
     if train_images is not None:
         require(1 <= train_images <= len(train), f"--train-images {train_images}: must be from 1 "
                 f"to {len(train)}")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         train.subset(order[:train_images].sort().values)
-    return train, test if test is not None and len(test) else None
+    return train, test or None
 
 
 # ------------------------------------------------------------------------------------------- shapes
@@ -385,9 +385,9 @@ FIGURES = ["disc", "ring", "square", "frame", "triangle", "cross", "star", "stri
 
 
 def figure_distance(figure, u, v):
-    """Roughly the distance from the figure's edge, negative inside; (u, v) in figure units."""
+    """Roughly the signed distance from the figure's edge, negative inside. u, v: figure units."""
     r, a, b, box = torch.hypot(u, v), u.abs(), v.abs(), torch.maximum(u.abs(), v.abs())
-    # Folded onto one tenth of the star, a half-plane is left.
+    # By symmetry one tenth of the star is enough, and there its inside is a half-plane.
     fold = math.pi / 5 - (torch.atan2(v, u).remainder(2 * math.pi / 5) - math.pi / 5).abs()
     return {
         "disc": lambda: r - 0.8,
@@ -409,8 +409,8 @@ def figure_distance(figure, u, v):
 def draw_shapes(count, seed):
     """`count` drawn images: uint8 (count, 3, 32, 32), labels (count,) into FIGURES, FIGURES.
 
-    One figure each. Place, size, angle, colours, a ground of two waves and noise all vary, so that
-    comparing pixels tells little. Deterministic for a seed and a count."""
+    One figure each. Position, size, angle, colours, a background of two waves and noise all vary,
+    so that comparing pixels tells little. Deterministic for a seed and a count."""
     g = torch.Generator().manual_seed(seed)
     labels = (torch.arange(count) % len(FIGURES))[torch.randperm(count, generator=g)]
     parts = [draw_figures(part, g) for part in labels.split(2000)]       # bounds the memory needed
@@ -430,8 +430,8 @@ def draw_figures(labels, g):
         along = torch.cos(turn) * x + torch.sin(turn) * y
         wave = torch.sin(uniform(3, 14) * along + phase)
         ground = ground + uniform(-0.1, 0.1) * wave
-    away = uniform(0.3, 0.55)                               # lighter on dark, darker on light
-    colour = torch.where(grey > 0.5, grey - away, grey + away) + uniform(-0.2, 0.2, 3)
+    contrast = uniform(0.3, 0.55)                           # lighter on dark, darker on light
+    colour = torch.where(grey > 0.5, grey - contrast, grey + contrast) + uniform(-0.2, 0.2, 3)
     angle, radius = uniform(0, 2 * math.pi), uniform(0.6, 0.9)
     left, up = x - uniform(-0.4, 0.4), y - uniform(-0.4, 0.4)
     u = (torch.cos(angle) * left + torch.sin(angle) * up) / radius

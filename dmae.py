@@ -9,10 +9,10 @@ Wang et al., "A Closer Look at Self-Supervised Lightweight Vision Transformers",
 
 First the paper: ViT, MAE, D-MAE. Then what they rest on, teacher files, pre-training, and runs.
 
-Shapes in comments and einops patterns: b batch, n patches, k kept (visible) patches, h heads,
-d width of a head, c width of the tokens, p side of a patch, s and t heads of student and teacher.
-ch channels, gh x gw the grid of patches. A mask holds 1 where a patch is hidden. Blocks count from
-1, as in the paper (in the names of tensors from 0, as in timm).
+Letters in shapes and einops patterns: b batch, n patches (in `Attention`: tokens), k kept (visible)
+patches, h heads, d width of a head, c width of the tokens, p side of a patch, ch channels, gh x gw
+the grid of patches, s and t heads of student and teacher. A mask is 1 where a patch is hidden.
+Blocks are numbered from 1, as in the paper; in tensor names from 0, as in timm.
 """
 
 import argparse
@@ -105,7 +105,7 @@ class ViT(nn.Module):
             heads=heads, mean=list(mean), std=list(std))
         self.grid = (sides[0] // patch_size, sides[1] // patch_size)
         self.width, self.depth = width, depth
-        # How its images are normalised; not weights, hence in no file of weights.
+        # They describe the images, not the network: persistent=False keeps them out of state_dict.
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -122,10 +122,10 @@ class ViT(nn.Module):
     def forward(self, images, ids_keep=None, tokens_of=(), scores_of=(), extra=None):
         """images: (b, ch, height, width), normalised; ids_keep: (b, k) visible patches, None: all.
 
-        Returns (tokens, scores), dictionaries by block: tokens (b, 1 + k, c) after the blocks in
-        `tokens_of`, 0 being the embedding; scores (b, h, 1 + k, 1 + k), float32, of those in
-        `scores_of`. It stops at the last block asked for, and if only scores are asked of that,
-        before its values and MLP. extra: a further block, after the last."""
+        Returns (tokens, scores), dictionaries keyed by block: tokens (b, 1 + k, c) after each block
+        in `tokens_of`, 0 being the embedding; float32 scores (b, h, 1 + k, 1 + k) of each block in
+        `scores_of`. The pass ends at the last block asked for; if only its scores are asked for,
+        its values and MLP are skipped. extra: one more block, appended after the last."""
         last = max([0, *tokens_of, *scores_of])
         x, scores = self.embed(images, ids_keep), {}                                  # b 1+k c
         tokens = {0: x} if 0 in tokens_of else {}
@@ -144,10 +144,10 @@ class ViT(nn.Module):
         """Class token and kept patches (None: all), with positions: (b, 1 + k, c)."""
         patches = self.patchify(images)                                               # b n (p p ch)
         positions = self.pos_embed[:, 1:]                                             # 1 n c
-        if ids_keep is not None:      # choose first, embed after: a quarter of the work at 75 %
+        if ids_keep is not None:      # select, then embed: a quarter of the work at mask ratio 0.75
             patches = patches.take_along_dim(ids_keep[..., None], dim=1)              # b k (p p ch)
             positions = positions[0][ids_keep]                                        # b k c
-        # The strided convolution, as the matrix product that it is.
+        # A convolution whose stride is its kernel size: the same linear map of every patch.
         weight = rearrange(self.patch_embed["proj"].weight, "c ch p1 p2 -> c (p1 p2 ch)")
         x = F.linear(patches, weight, self.patch_embed["proj"].bias) + positions      # b k c
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)     # b 1 c
@@ -158,7 +158,7 @@ class ViT(nn.Module):
         return self.norm(self(images, tokens_of=[self.depth])[0][self.depth])
 
     def patchify(self, images):
-        """(b, channels, height, width) -> (b, n, p * p * channels): row, column, then channel."""
+        """(b, channels, height, width) -> (b, n, p * p * channels), row by row, channels last."""
         p = self.config["patch_size"]
         return rearrange(images, "b ch (gh p1) (gw p2) -> b (gh gw) (p1 p2 ch)", p1=p, p2=p)
 
@@ -172,9 +172,9 @@ class ViT(nn.Module):
 
 
 class MAE(nn.Module):
-    """Masked autoencoder: an encoder of the visible patches and a light decoder of all, with the
-    names of the MAE release. decode_after: the block, from 1, whose output the decoder reads, by
-    default the last. Raises InputError for settings that do not fit."""
+    """Masked autoencoder: an encoder of the visible patches and a light decoder of all patches;
+    parameter names as in the MAE release. decode_after: the block whose output the decoder reads, 0
+    for the embedding, by default the last. Raises InputError for settings that do not fit."""
 
     def __init__(self, encoder, decoder_width=96, decoder_depth=1, decoder_heads=3, mask_ratio=0.75,
                  norm_pix=True, decode_after=None):
@@ -192,7 +192,7 @@ class MAE(nn.Module):
                 "one must be visible and one hidden")
         self.kept = int(kept)
 
-        pixels = encoder.config["patch_size"] ** 2 * encoder.config["channels"]        # of a patch
+        values = encoder.config["patch_size"] ** 2 * encoder.config["channels"]        # per patch
         self.decoder_embed = nn.Linear(encoder.width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         table = [torch.zeros(1, 1, decoder_width), sincos_positions(decoder_width, encoder.grid)]
@@ -200,10 +200,9 @@ class MAE(nn.Module):
         self.decoder_blocks = nn.ModuleList(
             [Block(decoder_width, decoder_heads) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_width, pixels)
-        for name, part in self.named_children():
-            if name != "encoder":
-                initialise(part)
+        self.decoder_pred = nn.Linear(decoder_width, values)
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            initialise(part)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, images, ids_keep=None):
@@ -232,7 +231,7 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]                         # b n (p p ch)
 
     def target(self, images):
-        """What is to be predicted, (b, n, p * p * ch): each patch normalised by itself."""
+        """The target (b, n, p * p * ch): pixels, each patch normalised by itself if `norm_pix`."""
         patches = self.encoder.patchify(images.float())
         mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
         return (patches - mean) / (variance + 1e-6).sqrt() if self.norm_pix else patches
@@ -253,14 +252,14 @@ class MAE(nn.Module):
 class DMAE(nn.Module):
     """A masked autoencoder whose attention is pulled towards a frozen teacher's.
 
-    teacher: a ViT of any size and normalisation; it is frozen and brought to the student's grid.
-    layers: pairs (student block, teacher block) from 1, by default the last of each. match: what is
-    compared, with commas: "scores", the attention maps before the softmax, class token included
-    (the paper's L_attn); "probs", after it; "hidden", the blocks' output tokens. mixer: an M for
-    each of these and each pair; without M both must have as many heads, for "hidden" one width.
-    decoupled: D2-MAE, an extra block of the student meets the teacher's last; build the student's
-    MAE with an earlier decode_after. loss = L_mae + alpha * the sum of all L_attn. Raises
-    InputError for settings that do not fit."""
+    teacher: a ViT of any size and normalisation; it is frozen and resized to the student's grid.
+    layers: pairs (student block, teacher block), numbered from 1; default: the last of each. match:
+    what is compared, comma-separated: "scores", attention maps before the softmax, class token
+    included (the paper's L_attn); "probs", maps after the softmax; "hidden", the blocks' output
+    tokens. mixer: learn an M for each kind and pair; without M both networks must have the same
+    number of heads (for "hidden", the same width). decoupled: D2-MAE, an extra student block is
+    matched to the teacher's last; build the student's MAE with an earlier decode_after. loss =
+    L_mae + alpha * the sum of all distances. Raises InputError for settings that do not fit."""
 
     def __init__(self, student, teacher, layers=None, match="scores", alpha=1.0, mixer=True,
                  decoupled=False):
@@ -274,12 +273,12 @@ class DMAE(nn.Module):
             self.extra = Block(encoder.width, encoder.config["heads"])
             initialise(self.extra)
             del self.extra.attn.proj, self.extra.norm2, self.extra.mlp
-        # Past nn.Module's registry: thus the teacher is in no optimizer, no state_dict and no DDP,
-        # and .train() does not reach it. `_apply` below lets it follow .to(device).
+        # Not assigned as an attribute, which would register it: so the teacher is in no optimizer,
+        # state_dict or DDP, and .train() skips it. `_apply` below makes it follow .to(device).
         self.__dict__["teacher"] = resize_grid(teacher, encoder.grid).requires_grad_(False).eval()
         self.mixers = nn.ParameterDict()
         for kind, (i, j) in itertools.product(self.match, self.layers if mixer else ()):
-            M = nn.Parameter(torch.empty(mixed(teacher, kind), mixed(encoder, kind)))         # t s
+            M = nn.Parameter(torch.empty(mixer_dim(teacher, kind), mixer_dim(encoder, kind)))  # t s
             nn.init.kaiming_uniform_(M, a=5**0.5)          # PyTorch's default for a 1x1 convolution
             self.mixers[f"{kind}:{i}:{j}"] = M
 
@@ -312,8 +311,8 @@ class DMAE(nn.Module):
     def distance(A_S, A_T, M, kind="scores"):
         """L_attn = MSE(A_T, M A_S), the mean over everything, in float32; M None: the identity.
 
-        A_S, A_T: scores (b, s, 1 + k, 1 + k) and (b, t, 1 + k, 1 + k); M: (t, s), no bias. Of kind
-        "hidden", tokens (b, 1 + k, c) of each; M mixes their channels."""
+        A_S, A_T: scores (b, s, 1 + k, 1 + k) and (b, t, 1 + k, 1 + k); M: (t, s), no bias. For kind
+        "hidden", tokens (b, 1 + k, c), which are layer-normalised and whose channels M mixes."""
         with torch.autocast(A_S.device.type, enabled=False):
             if kind == "hidden":                                                    # b c 1+k each
                 A_S, A_T = (F.layer_norm(x.float(), x.shape[-1:]).mT for x in (A_S, A_T))
@@ -337,8 +336,7 @@ def sincos_positions(width, grid):
     The first half of the channels encodes the column, the second the row; in each half sines, then
     cosines, of frequencies 10000^(-i / (width / 4))."""
     require(width % 4 == 0, f"width {width}: sine-cosine positions need a multiple of 4")
-    sides = (torch.arange(side, dtype=torch.float64) for side in grid)
-    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    rows, columns = torch.cartesian_prod(*(torch.arange(side).double() for side in grid)).T
     frequencies = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]       # n c/4 each
     waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
@@ -355,8 +353,8 @@ def attend(q, k, v):
 
 
 def initialise(module):
-    """Xavier-uniform for every Linear, biases 0, and for the patch embedding, whose bias stays
-    PyTorch's: uniform within 1 / sqrt(numbers in a patch)."""
+    """Xavier-uniform weights for each Linear and the patch embedding. Biases are 0, but the patch
+    embedding's stays as PyTorch drew it: uniform within 1 / sqrt(fan-in)."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(m.weight.data.flatten(1))
@@ -367,9 +365,9 @@ def initialise(module):
 def resize_grid(vit, grid):
     """Bring a ViT's position table to another grid (rows, columns), in place; returns the ViT.
 
-    A sine-cosine table is computed anew, in half precision, too, and with its halves swapped, as
-    MoCo-v3 has it; a learnt one is interpolated bicubically, as DINOv2's and Hugging Face's code
-    does (timm's blurs first). The class token's row stays."""
+    A sine-cosine table, recognised even in half precision or with its halves swapped as in MoCo-v3,
+    is computed anew; any other counts as learnt and is interpolated bicubically, as in DINOv2's and
+    Hugging Face's code (timm's blurs first). The class token's row stays."""
     if tuple(grid) == vit.grid:
         return vit
     stored = vit.pos_embed.detach()
@@ -401,8 +399,8 @@ def images_for(teacher, encoder, images):
     return (images - teacher.mean) / teacher.std
 
 
-def mixed(vit, kind):
-    """How many M mixes of this ViT: heads, or of "hidden" the channels of the tokens."""
+def mixer_dim(vit, kind):
+    """One side of M: the number of heads of this ViT, or for "hidden" the width of its tokens."""
     return vit.width if kind == "hidden" else vit.config["heads"]
 
 
@@ -415,7 +413,7 @@ def check_distillation(model, teacher, layers, mixer, decoupled):
     require(not decoupled or not layers and "hidden" not in match, "the decoupled variant matches "
             "the scores of its extra block: not together with layers or with match hidden")
     for kind in match:
-        t, s = mixed(teacher, kind), mixed(encoder, kind)
+        t, s = mixer_dim(teacher, kind), mixer_dim(encoder, kind)
         require(mixer or t == s, "without a mixer heads (widths, for hidden) must agree: the "
                 f"student has {s}, the teacher {t}")
     require(ours in (1, theirs), f"a student of {ours}-channel images cannot feed a teacher of "
@@ -428,11 +426,11 @@ def check_distillation(model, teacher, layers, mixer, decoupled):
 
 # ========================================================================================= teachers
 
-# Where the state dict lies in a file, in this order; DINO's `teacher` stands beside a `student`.
+# Keys that may hold a file's state dict, tried in this order; DINO's have `student` and `teacher`.
 CONTAINERS = ("model", "state_dict", "teacher")
-# What may stand before the names; _orig_mod is torch.compile's.
+# Prefixes that tensor names may carry; _orig_mod is torch.compile's.
 PREFIX = re.compile(r"((module|_orig_mod|model|base_encoder|backbone|vit|dinov2)\.)*")
-# Hugging Face's names, of its files and of transformers 5 in memory, to timm's.
+# From Hugging Face's names, in its files and in transformers 5's models, to timm's.
 RENAMINGS = [
     (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -446,11 +444,11 @@ RENAMINGS = [
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"^layernorm\.", "norm.")]
-# What else lies in files of encoders: decoders, heads, the D-MAE authors' teacher and mixer, ...
+# Tensors of encoder files that are ignored: decoders, heads, the D-MAE authors' teacher, mixer, ...
 UNUSED = ("mask_token", "decoder", "head.", "tch_model.", "attn_adapter.", "momentum_encoder.",
           "predictor.")
 
-# Names of tensors that give away what `ViT` is not.
+# Tensor names that betray an architecture that `ViT` does not implement.
 FOREIGN = [
     (r"(reg|register|storage)_tokens?$", "a ViT with register tokens"),
     (r"rope|periods", "a ViT with rotary positions, as DINOv3"),
@@ -465,9 +463,9 @@ FOREIGN = [
 def read_weights(path):
     """The dictionary in a .pth or .safetensors file, on the CPU; no code in it is ever run."""
     require(not path.is_dir(), f"{path} is a folder: name the file of weights in it")
-    require(path.exists(), f"no file {path}; a ViT-Base by MAE, the usual teacher, is "
-            "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth, and that of "
-            "shapes in weights/, where README.md says how it was trained")
+    require(path.exists(), f"no file {path}; the usual teacher, MAE's ViT-Base, is at "
+            "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth, and the one "
+            "for shapes is in weights/, where README.md says how it was trained")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -491,17 +489,17 @@ def load_vit(path, heads=None):
     """A `ViT` with the weights in a file of this project, the MAE release, the D-MAE authors, timm,
     Hugging Face, MoCo-v3, DINO (its teacher), DINOv2 or DeiT; `description` says what was read.
 
-    Sizes come from the tensors. Heads are in none and come from the first of these that knows:
+    Sizes are read off the tensors; the number of heads comes from the first of these that gives it:
 
         1. our own file's config
         2. the D-MAE authors' files: 12
-        3. layer scale and patches of 14, as DINOv2 has: each is 64 wide
-        4. the width: 768 has 12, 1024 and 1280 have 16
-        5. the caller: `heads`, or written behind the path, "x.pth:3"
+        3. layer scale and patches of 14 pixels, as in DINOv2: width / 64
+        4. the width: 12 for 768, 16 for 1024 and 1280
+        5. the caller: `heads`, or a suffix of the path, "x.pth:3"
 
     Raises InputError for heads that contradict this, and for any tensor that is missing, does not
-    fit, or is neither the encoder's nor of a kind known to be unused. `others` of the result holds
-    what else a fine-tuned classifier's file has, its head."""
+    fit, or belongs neither to the encoder nor to what is known to be unused. From the file of a
+    fine-tuned classifier, `others` of the result holds the rest, its head."""
     path, heads = split_heads(path, heads)
     content = read_weights(path)
     require(not {"images", "optimizer"} <= content.keys(), f"{path} is a checkpoint to resume "
@@ -556,13 +554,13 @@ def load_vit(path, heads=None):
         known, why = own["heads"], "its own config"
         config |= {key: own[key] for key in ("image_size", "mean", "std")}
     elif "module.model." in prefixes or container == "model" and "module.base_encoder." in prefixes:
-        known, why = 12, "being the D-MAE authors'"
+        known, why = 12, "the D-MAE authors' layout"
     elif scales and patch_size == 14:
-        known, why = width // 64, "being DINOv2's"
+        known, why = width // 64, "DINOv2's layout"
     else:
         known, why = {768: 12, 1024: 16, 1280: 16}.get(width), f"its width, {width}"
     require(known or heads is not None, f"{path}: a ViT {width} wide may have any number of heads "
-            "and the file does not say (DeiT-Tiny has 3, MAE-Tiny 12): write it behind the name, "
+            "and the file does not say (DeiT-Tiny has 3, MAE-Tiny 12): append it to the name, "
             f"{path.name}:12")
     require(None in (heads, known) or heads == known, f"{path} has {known} heads by {why}, not "
             f"{heads}")
@@ -586,8 +584,8 @@ def load_vit(path, heads=None):
 
 
 def split_heads(path, heads=None):
-    """"x.pth:3" -> Path("x.pth"), 3. A file that is really called so stays whole. x.pth may be an
-    address: it is downloaded."""
+    """"x.pth:3" -> Path("x.pth"), 3. If a file of that whole name exists, it is not split. An http
+    address in the place of x.pth is downloaded."""
     match = re.fullmatch(r"(.+):(\d+)", str(path))
     if not match or os.path.exists(path):
         return fetch(path), heads
@@ -605,7 +603,7 @@ def fetch(path):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(path, str(file))
-            read_weights(file)                                   # whole?
+            read_weights(file)                     # raises InputError for a damaged download
         except (OSError, http.client.HTTPException, ValueError) as error:     # also InputError
             file.unlink(missing_ok=True)
             raise InputError(f"{path} cannot be had ({error}): download it yourself") from error
@@ -617,9 +615,9 @@ def fetch(path):
 #                    encoder: width, depth, heads; decoder: width, depth, heads
 PRESETS = {
     "nano":  ((64, 4, 4), (32, 1, 2)),           # for 32-pixel images, on a CPU
-    "slim":  ((64, 6, 8), (32, 1, 2)),           # the student there
+    "slim":  ((64, 6, 8), (32, 1, 2)),           # the default student for these
     "micro": ((96, 4, 6), (48, 1, 3)),
-    "mini":  ((128, 6, 8), (64, 1, 4)),          # the teacher there
+    "mini":  ((128, 6, 8), (64, 1, 4)),          # the size of their teacher
     "tiny":  ((192, 12, 12), (96, 1, 3)),        # the paper's: 12 heads, where DeiT-Tiny has 3
     "small": ((384, 12, 12), (192, 1, 6)),
     "base":  ((768, 12, 12), (512, 8, 16)),      # the usual teacher
@@ -634,15 +632,15 @@ RECIPES = {
 
 
 def learning_rate(step, total, warmup, peak, end=0.0):
-    """The rate at step 0 .. total - 1, set at every step as in MAE: before `warmup` a line from 0
-    to peak, then half a cosine from peak to `end`."""
+    """The rate at step 0 .. total - 1, set at every step as in MAE: linear warm-up from 0 to `peak`
+    over `warmup` steps, then half a cosine down to `end`."""
     if step < warmup:
         return peak * step / warmup
     return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def parameter_groups(model, weight_decay):
-    """For AdamW: biases, 1-D parameters, positions are not decayed; class token and M are."""
+    """For AdamW: biases, 1-D parameters, positions are not decayed; learnt tokens and M are."""
     decayed, free = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -651,8 +649,8 @@ def parameter_groups(model, weight_decay):
 
 
 def train_step(model, optimizer, scaler, lr, pieces, batch, autocast, clip=None):
-    """One update from `batch` images, which come in `pieces` of (images, ids_keep), or of whatever
-    else the model takes to return {"loss": ...}. clip: most the gradient's norm may be.
+    """One update from `batch` images, given as `pieces`, micro-batches of (images, ids_keep) or of
+    what else the model takes to return {"loss": ...}. clip: the largest gradient norm allowed.
 
     Returns the mean of each loss term, still on the device: reading it would wait for the step."""
     for group in optimizer.param_groups:
@@ -677,11 +675,11 @@ def train_step(model, optimizer, scaler, lr, pieces, batch, autocast, clip=None)
     return means
 
 
-def epoch_order(images, s, epoch):
-    """Indices (steps, batch) of an epoch's images; the last, incomplete batch is dropped."""
+def epoch_order(count, s, epoch):
+    """An epoch's order of `count` images, (steps, batch); the last, incomplete batch is dropped."""
     shuffle = torch.Generator().manual_seed(seed_of(s.seed, 0, epoch))
-    steps = images // s.batch_size
-    return torch.randperm(images, generator=shuffle)[:steps * s.batch_size].view(steps, -1)
+    steps = count // s.batch_size
+    return torch.randperm(count, generator=shuffle)[:steps * s.batch_size].view(steps, -1)
 
 
 def pretrain(s):
@@ -692,30 +690,30 @@ def pretrain(s):
     student = model if teacher is None else model.student
     train, test = run.open_data(vars(s), student.encoder.config["image_size"], s.train_images)
     steps, local, share = run.divide(len(train))
-    plain, _ = next((test or train).plain(torch.linspace(0, len(test or train) - 1, 8).long()))
-    run.open_folder()                   # what can be wrong has come to light before this
+    examples, _ = next((test or train).plain(torch.linspace(0, len(test or train) - 1, 8).long()))
+    run.open_folder()                   # only now: all input has been checked
 
     model.to(run.device)
-    before = class_scores(model, plain)
+    before = class_scores(model, examples)
     total, warmup = s.epochs * steps, round(s.warmup_epochs * steps)
     peak = s.blr * s.batch_size / 256
     optimizer = torch.optim.AdamW(parameter_groups(model, s.weight_decay), lr=peak,
                                   betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
     run.parts = dict(model=model, optimizer=optimizer, scaler=run.scaler)
     done = run.load_checkpoint(train)
-    nothing = student.target(plain).square().mean()
+    nothing = student.target(examples).square().mean()
     run.say(f"run {run.out}: {s.student} on {len(train):,} images of {s.data}, {student.kept} of "
             f"{student.patches} patches visible; {run.world} x {s.device}, amp {s.amp}\n"
             f"teacher: {teacher.description if teacher else 'none, plain MAE'}\n"
             f"{total} steps, {warmup} of warm-up, learning rate {peak:.3g}\n"
-            f"MAE loss of predicting nothing: {nothing:.3f}; learning begins below it")
+            f"MAE loss of predicting nothing: {nothing:.3f}; a loss below it shows learning")
     knn = partial(nearest_neighbours, run, train, test)
     features = partial(pooled_features, student.encoder)
     if not run.log:
         run.record(dict(epoch=0, step=0) | knn(**baselines(student.encoder, teacher), knn=features))
 
     replica = run.replicate(model)
-    measured = range(s.epochs, 0, -math.ceil(60_000 / len(train)))     # a tenth of the time, about
+    measured = range(s.epochs, 0, -math.ceil(60_000 / len(train)))   # k-NN: a tenth of the time
     for epoch in range(done, s.epochs):
         meter = Meter(run, epoch, steps)
         order = epoch_order(len(train), s, epoch)[:, share]
@@ -737,10 +735,10 @@ def pretrain(s):
             save_student(run.out / "student.pth", model)
     if run.rank == 0:
         save_student(run.out / "student.pth", model)
-        draw_pictures(run.out, model, plain, before)
+        draw_pictures(run.out, model, examples, before)
     run.say(f"{summary(run.log)}in {run.out}: student.pth, reconstruction.png, attention.png\n"
             f"next: python finetune.py --init {run.out}/student.pth --data {s.data} "
-            "--label-fraction 0.01\nrivals: the same with --init none; dmae.py --teacher none")
+            "--label-fraction 0.01\ncompare: the same with --init none; dmae.py --teacher none")
     return run.out
 
 
@@ -754,8 +752,8 @@ def sides(text):
     return [int(side) for side in text.split(",") * 2][:2]
 
 
-# name: (default, kind, help). kind: the type of a number, its least and most; bool, for --x and
-# --no-x; choices; what the help calls a text; a function of one. The first belong to every program.
+# name: (default, kind, help). kind: type, least and most of a number; bool, for --x and --no-x; a
+# tuple of choices; a string, the metavar of a text; a parser. All programs share MACHINE_FLAGS.
 MACHINE_FLAGS = {
     "data_dir": ("data", "DIR", "where named sets lie, or are downloaded to"),
     "seed": (0, (int, 0, 2**63 - 1), "of everything random; vary it for error bars"),
@@ -780,9 +778,9 @@ FLAGS = {
     "norm_pix": (True, bool, "predict normalised patches; plain ones make nicer pictures"),
     "layers": (None, "S:T,...", "student and teacher blocks to match, from 1 [the last of each]"),
     "match": ("scores", "KIND,...", "scores; probs: after softmax, raise --alpha; hidden: tokens"),
-    "mixer": (True, bool, "without M heads of student and teacher, as they come, are compared"),
+    "mixer": (True, bool, "learn M; without it, heads of equal number are compared directly"),
     "alpha": (1.0, (float, 0, 1e9), "weight of the distillation loss; at 0 it is only logged"),
-    "decoupled": (False, bool, "D2-MAE: an extra block meets the teacher, the decoder reads below"),
+    "decoupled": (False, bool, "D2-MAE: an extra block is matched, the decoder reads a lower one"),
     "epochs": (None, (int, 0, 10**6), "0 writes an untrained student, a control [set]"),
     "warmup_epochs": (None, (float, 0, 10**6), "more if the loss jumps early [a tenth of them]"),
     "batch_size": (None, (int, 1, 10**9), "images an update, over all processes [set]"),
@@ -799,17 +797,17 @@ def main(argv=None):
 
 @contextlib.contextmanager
 def command_line(prog, flags, argv):
-    """Yields what is given of `flags`, a dictionary; an error within that the user can correct ends
-    the program in one line."""
+    """Yields {name: value} of the flags given. Inside, an error that the user can correct ends the
+    program with one line."""
     def number(kind, least, most, text):
         with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most:                                           # nor is nan
+            if least <= kind(text) <= most:                                      # false for nan
                 return kind(text)
         raise argparse.ArgumentTypeError(f"{text}: must be {kind.__name__}, from {least} to {most}")
 
     parser = argparse.ArgumentParser(
-        prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog="[set], [recipe]: "
-        "from RECIPES in dmae.py and finetune.py")
+        prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog="[set]: by data set, "
+        "[recipe]: by recipe; see SETS in data.py and each program's RECIPES")
     parser.error = lambda error: parser.exit(2, f"{prog}: error: {' '.join(str(error).split())}\n")
     for name, (default, kind, text) in flags.items():
         options = (dict(action=argparse.BooleanOptionalAction) if kind is bool
@@ -834,10 +832,10 @@ def command_line(prog, flags, argv):
 
 
 def settings_of(given, flags, source, defaults_for):
-    """The settings of a run, a Namespace. Each comes from the first of these that has it: what is
-    given; with --resume, the run's config.json; `defaults_for` what is given; `flags`.
+    """The settings of a run, a Namespace. Each comes from the first of these that has it: the flags
+    given; with --resume, the run's config.json; defaults_for(given); the defaults in `flags`.
 
-    source: the flag of the file that the run starts from, known by its hash if it has moved."""
+    source: the flag that names the file the run starts from; if moved, it is known by its hash."""
     if "resume" not in given:
         defaults = {name: flag[0] for name, flag in flags.items()}
         s = argparse.Namespace(**defaults | defaults_for(given) | given)
@@ -939,12 +937,12 @@ class Run:
             dist.barrier()
         return self.sources
 
-    def divide(self, images):
-        """(steps an epoch, images of a step that this process computes, which of a batch)."""
+    def divide(self, count):
+        """(steps per epoch, images of a batch for this process, the slice of a batch they are)."""
         batch, local = self.s.batch_size, self.s.batch_size // self.world
-        require(batch <= images, f"--batch-size {batch}: more than the {images} training images")
+        require(batch <= count, f"--batch-size {batch}: more than the {count} training images")
         require(batch % self.world == 0, f"--batch-size {batch}: not for {self.world} processes")
-        return images // batch, local, slice(self.rank * local, (self.rank + 1) * local)
+        return count // batch, local, slice(self.rank * local, (self.rank + 1) * local)
 
     def open_folder(self):
         """Make --out, or the next number under runs/, and write config.json: all settings and a
@@ -1002,7 +1000,7 @@ class Run:
         return self.log[-1]["epoch"]
 
     def replicate(self, model):
-        """What to call in training: compiled in place if asked, averaging over processes."""
+        """The model as training calls it: compiled in place if asked, in DDP unless alone."""
         if self.s.compile:
             model.compile()
         return model if self.world == 1 else DistributedDataParallel(model)
@@ -1056,9 +1054,9 @@ def knn_top1(bank, bank_labels, test, test_labels, k=20, temperature=0.07):
 
 
 def pooled_features(encoder, images, block=None, pool="mean"):
-    """Tokens of a block (None: the last) after a parameter-free layer norm: (b, c).
+    """Pooled tokens of a block (None: the last) after a parameter-free layer norm: (b, c).
 
-    pool: "mean" of the patch tokens, or the class token, "cls"."""
+    pool: "mean", of the patch tokens, or "cls", the class token."""
     block = encoder.depth if block is None else block
     tokens = encoder(images, tokens_of=[block])[0][block].float()
     tokens = F.layer_norm(tokens, tokens.shape[-1:])
@@ -1074,10 +1072,10 @@ def features_of(run, source, indices, function):
 
 
 def nearest_neighbours(run, train, test, bank=5_000, queries=1_000, **functions):
-    """{name: accuracy of features by k-NN} for each of the functions of images; {} without labels.
+    """{name: k-NN accuracy of its features} for each of `functions`, images -> (b, c); {} without
+    labels and in processes other than the first. Samples are the same for every seed.
 
-    It is measured on samples of the training and of the test images, the same ones for every seed;
-    bank and queries: how many, None for all."""
+    bank, queries: how many training and test images are sampled, None for all."""
     if run.rank or test is None or train.labels is None or test.labels is None:
         return {}
     samples = [(source, torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:n])
@@ -1122,8 +1120,8 @@ def save_student(path, model):
 
 @torch.no_grad()
 def class_scores(model, images):
-    """Scores of the class token for the patches of whole images, in the last pair of blocks: of the
-    student, through M if it mixes these, and of the teacher, if any: (b, h, gh, gw) each."""
+    """The class token's scores for all patches, none masked, in the last pair of matched blocks: of
+    the student, through M if it mixes these, and of the teacher, if any: (b, h, gh, gw) each."""
     if isinstance(model, MAE):
         vit = model.encoder
         found = [vit(images, scores_of=[vit.depth])[1][vit.depth]]                # b h 1+n 1+n
@@ -1164,8 +1162,8 @@ def draw_pictures(out, model, images, before):
         rows.append(torch.cat([picture[:, None], seen[:, :, None].expand(-1, -1, 3, -1, -1)], 1))
     save_grid(torch.stack(rows, dim=1).flatten(0, 2), out / "attention.png",
               ["image", *(f"head {i + 1}" for i in range(heads))], [*maps] * 3,
-              "Scores of the class token for the patches of whole images, last blocks compared. "
-              "White is most." + " Student: through M, if it mixes scores." * (len(after) > 1))
+              "Class-token scores for the patches of whole images, last pair of matched blocks. "
+              "White is highest." + " Student: through M, if it mixes scores." * (len(after) > 1))
 
 
 def as_rgb(vit, images):

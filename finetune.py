@@ -22,12 +22,12 @@ from torchvision.transforms import InterpolationMode, v2
 import dmae
 from data import FOLDER, PHOTOS, SETS, require, seed_of, seeded, write
 
-# The paper's two recipes. The help of the flag of that name explains each value.
+# The paper's two recipes. The help of the flag with a value's name explains it.
 IMAGENET = dict(
     optimizer="adamw", epochs=300, warmup_epochs=5, batch_size=1024, blr=1e-3, end_lr=1e-6,
     weight_decay=0.05, layer_decay=0.85, clip=0.0, crop_scale=0.08, randaugment=10, mixup=0.2,
     cutmix=0.0, erasing=0.0, smoothing=0.0)
-TRANSFER = IMAGENET | dict(                # but for CIFAR, the defaults of the authors' code
+TRANSFER = IMAGENET | dict(             # defaults of the authors' code, except for CIFAR below
     optimizer="sgd", epochs=300, warmup_epochs=20, batch_size=512, blr=0.015, weight_decay=0.0,
     layer_decay=0.75, clip=1.0, randaugment=0, mixup=0.0)
 RECIPES = {
@@ -47,10 +47,10 @@ RECIPE_OF = dict.fromkeys(PHOTOS, "transfer") | {          # a folder gets Image
 
 
 class Classifier(dmae.ViT):
-    """Mean of the last block's patch tokens -> fc_norm -> head. The class token is not read, the
-    encoder's final norm dropped, the position table trained (paper, appendix). Names of parameters
-    and initialisation (truncated normals of deviation 0.02) are those of timm's VisionTransformer
-    with global_pool="avg", but for today's timm's class token, which begins near 0."""
+    """Mean of the last block's patch tokens -> fc_norm -> head. The class token is not used, the
+    encoder's final norm is dropped, the position table is trained (paper, appendix). Parameter
+    names and initialisation (truncated normals, std 0.02) are those of timm's VisionTransformer
+    with global_pool="avg", except for the class token, which today's timm starts near 0."""
 
     def __init__(self, classes, **config):
         super().__init__(**config)
@@ -72,7 +72,7 @@ class Classifier(dmae.ViT):
 
 
 class Supervised(nn.Module):
-    """A classifier's loss. targets: labels (b,) int64, or shares of the classes (b, classes)."""
+    """A classifier's loss. targets: labels (b,) int64, or class probabilities (b, classes)."""
 
     def __init__(self, classifier, smoothing=0.0):
         super().__init__()
@@ -106,19 +106,18 @@ def layer_groups(model, layer_decay, weight_decay):
 
 
 def new_classifier(vit, classes, s):
-    """A classifier from `vit`. Drawn by the seed are its head, its fc_norm if the file has none,
-    with --keep-blocks K all but the first K blocks and what lies before them, with --init none
-    everything. --freeze-blocks K keeps the first K blocks and what lies before them as they are."""
+    """A classifier initialised from `vit`. Drawn from the seed: its head; its fc_norm, if the file
+    has none; with --keep-blocks K, all after the first K blocks; with --init none, everything.
+    --freeze-blocks K excludes the first K blocks, and the embedding before them, from training."""
     torch.manual_seed(s.seed)
     model = Classifier(classes, **vit.config)
-    whole = model.depth + bool(vit.others)            # `norm` of a classifier's file is its fc_norm
+    whole = model.depth + bool(vit.others)             # a classifier's file also fills fc_norm
     kept = -1 if s.init == "none" else whole if s.keep_blocks is None else s.keep_blocks
     given = {name.replace("norm.", "fc_norm."): tensor for name, tensor in vit.state_dict().items()}
     model.load_state_dict(model.state_dict() | {
         name: tensor for name, tensor in given.items() if layer_of(name, model.depth) <= kept})
     for name, p in model.named_parameters():
-        if s.freeze_blocks is not None and layer_of(name, model.depth) <= s.freeze_blocks:
-            p.requires_grad_(False)
+        p.requires_grad_(s.freeze_blocks is None or layer_of(name, model.depth) > s.freeze_blocks)
     return model
 
 
@@ -142,8 +141,8 @@ def load_classifier(path):
 def rand_augment(magnitude, fill):
     """Two operations on a uint8 image (c, h, w), each done with probability 1/2.
 
-    The nearest in torchvision to timm's rand-m10-mstd0.5-inc1: `magnitude` 10 of 10 rotates by 30
-    degrees (torchvision's own scale ends at 30). Corners that come in are of colour `fill`."""
+    The nearest in torchvision to timm's rand-m10-mstd0.5-inc1: `magnitude` runs to 10, for rotation
+    30 degrees (torchvision's own magnitudes run to 30). Uncovered corners get the colour `fill`."""
     operation = v2.RandAugment(num_ops=1, magnitude=magnitude, num_magnitude_bins=11, fill=fill,
                                interpolation=InterpolationMode.BILINEAR)
     return v2.Compose([v2.RandomApply([operation], p=0.5)] * 2)
@@ -152,8 +151,8 @@ def rand_augment(magnitude, fill):
 def batch_augmentation(s, classes):
     """What follows crop, flip and RandAugment: f(images, labels, step, first) -> images, targets.
 
-    first: place of the first image in the whole batch. RandomErasing of each image; then MixUp or
-    CutMix, for a batch at a time and among the images of one process."""
+    first: index in the whole batch of this process's first image. RandomErasing draws anew for each
+    image; MixUp or CutMix, one draw for a batch, mixes only the images within a process."""
     erase = v2.RandomErasing(p=s.erasing, value="random")
     mixers = [kind(alpha=alpha, num_classes=classes)
               for kind, alpha in ((v2.MixUp, s.mixup), (v2.CutMix, s.cutmix)) if alpha > 0]
@@ -184,35 +183,35 @@ FLAGS = {
     "init": (None, "FILE", "weights of a ViT, x.pth or x.pth:3 to give its heads; none: scratch"),
     "eval": (None, "FILE", "only evaluate a fine-tuned model.pth"),
     "data": ("shapes", "DIR|NAME", f"folder of train/CLASS/ and val/CLASS/, or {', '.join(SETS)}"),
-    "mode": ("finetune", ("finetune", "linear", "knn"), "what is trained: all, a layer, nothing"),
+    "mode": ("finetune", ("finetune", "linear", "knn"), "trains all, a linear layer, or nothing"),
     "model": (None, tuple(dmae.PRESETS), "size of a model from scratch [as in dmae.py]"),
     "image_size": (None, dmae.sides, "side of the images, or HEIGHT,WIDTH [the encoder's]"),
     "patch_size": (None, (int, 1, 4096), "of a model from scratch [as in dmae.py]"),
     "label_fraction": (1.0, (float, 1e-9, 1), "train on this share of each class, by the seed"),
-    "keep_blocks": (None, (int, 0, 1000), "blocks that are not begun anew, from below [all]"),
+    "keep_blocks": (None, (int, 0, 1000), "use the first K blocks, reinitialise the others [all]"),
     "freeze_blocks": (None, (int, 0, 1000), "do not train the embedding and the first K blocks"),
     "block": (None, (int, 0, 1000), "linear and knn take the tokens after block K [the last]"),
     "pool": ("mean", ("mean", "cls"), "of patch tokens, or the class token"),
-    "bank": (None, (int, 1, 10**9), "training images that k-NN looks among [all]"),
+    "bank": (None, (int, 1, 10**9), "training images that k-NN searches [all]"),
     "recipe": (None, ("imagenet", "transfer", "cifar", "small"), "row of RECIPES [by data set]"),
     "optimizer": (None, ("adamw", "sgd"), "sgd has Nesterov momentum 0.9 [recipe]"),
     "epochs": (None, (int, 1, 10**6), "more for fewer labels [recipe]"),
     "warmup_epochs": (None, (float, 0, 10**6), "linear [the recipe's share of the epochs]"),
-    "batch_size": (None, (int, 1, 10**9), "images an update, at most all there are [recipe]"),
+    "batch_size": (None, (int, 1, 10**9), "images per update, at most all there are [recipe]"),
     "blr": (None, (float, 0, 1e9), "learning rate x 256 / batch; the first to tune [recipe]"),
     "end_lr": (None, (float, 0, 10), "the cosine's lowest learning rate [recipe]"),
     "weight_decay": (None, (float, 0, 1e3), "none on biases, norms, tokens [recipe]"),
     "layer_decay": (None, (float, 0, 1), "a block's rate is this times the next one's [recipe]"),
-    "clip": (None, (float, 0, 10**6), "most the gradient's norm may be, 0: any [recipe]"),
+    "clip": (None, (float, 0, 10**6), "largest gradient norm allowed, 0: no clipping [recipe]"),
     "crop_scale": (None, (float, 1e-3, 1), "least area of a random crop [recipe]"),
     "randaugment": (None, (int, 0, 10), "magnitude, 0 is off [recipe]"),
     "mixup": (None, (float, 0, 100), "alpha, 0 is off [recipe]"),
-    "cutmix": (None, (float, 0, 100), "alpha; with MixUp, either by chance for a batch [recipe]"),
+    "cutmix": (None, (float, 0, 100), "alpha; if MixUp is on, one is drawn per batch [recipe]"),
     "erasing": (None, (float, 0, 1), "share of images with a part erased [recipe]"),
-    "smoothing": (None, (float, 0, 0.99), "of the labels, 0.1 say [recipe]"),
+    "smoothing": (None, (float, 0, 0.99), "label smoothing, e.g. 0.1 [recipe]"),
 } | dmae.MACHINE_FLAGS
 EVAL_FLAGS = {"eval", "data", "data_dir", "workers", "device", "amp"}
-MODE_FLAGS = {                                   # those that mean something in some modes only
+MODE_FLAGS = {                                         # flags that apply in some modes only
     "finetune": {*RECIPES["imagenet"], "recipe", "keep_blocks", "freeze_blocks",
                  "micro_batch", "compile"},
     "linear": {*RECIPES["linear"], "block", "pool"},
@@ -330,11 +329,11 @@ def report(run, train, line):
 
 
 def begin(s):
-    """(run, encoder, training and test source): all that can be wrong comes to light in here."""
+    """(run, encoder, training source, test source). All checks of the input are made in here."""
     run = dmae.Run(s, "init")
     vit = open_encoder(s)
     train, test = open_labelled(run, vit)
-    next(test.plain(torch.arange(min(8, len(test)))))            # unreadable: now, not in an hour
+    next(test.plain(torch.arange(min(8, len(test)))))       # if unreadable, fail now, not later
     require(run.world == 1 or s.mode == "finetune", f"--mode {s.mode} takes one process")
     if s.label_fraction < 1:
         train.subset(stratified(train.labels, s.label_fraction, s.seed))
@@ -379,8 +378,8 @@ def finetune(s):
         meter = dmae.Meter(run, epoch, steps)
         order = dmae.epoch_order(len(train), s, epoch)[:, share]
         for i, (images, labels) in enumerate(train.batches(order, epoch)):
-            # As in dmae.py, the random numbers of a step do not depend on who computes what, but
-            # for the partners in MixUp and CutMix.
+            # As in dmae.py, the random numbers of a step do not depend on which process computes
+            # what, except that MixUp and CutMix find their partners within a process.
             step = epoch * steps + i
             generator = torch.Generator(run.device).manual_seed(seed_of(s.seed, 1, step))
             draws = train.draw(s.batch_size, generator)

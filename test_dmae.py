@@ -536,7 +536,7 @@ def test_layouts_in_the_wild(tmp_path, name):
     source = scrambled_vit(depth=11, heads=12 if authors else 3)     # 11: block 10 follows 9, not 1
     vit = load_vit(save(make(source.state_dict()), tmp_path / name), None if authors else 3)
     assert_same(vit, source)
-    heads = "12 heads by being the D-MAE authors'" if authors else "3 heads by request"
+    heads = "12 heads by the D-MAE authors' layout" if authors else "3 heads by request"
     assert vit.description == (f"ViT 48 wide, 11 blocks, {heads}, patch 8, grid 4x4, from {name}"
                                + (f"; not used: {unused}" if unused else ""))
 
@@ -592,7 +592,7 @@ def test_layer_scale_is_folded_as_dinov2_has_it(tmp_path):
             ("model.safetensors", images, b.float()(images).last_hidden_state),
             ("model.safetensors", wide, b(wide).last_hidden_state)):
         vit = resize_grid(load_vit(tmp_path / name), [side // 14 for side in x.shape[2:]])
-        assert "3 heads by being DINOv2's" in vit.description
+        assert "3 heads by DINOv2's layout" in vit.description
         torch.testing.assert_close(vit.encode(x), theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -620,7 +620,7 @@ def refusal(path, heads=None):
 @pytest.mark.parametrize("width, make, heads, why", [
     (768, lambda s: {"model": s, "config": dict(
         heads=8, image_size=[32, 32], mean=[0.5] * 3, std=[0.3] * 3)}, 8, "its own config"),
-    (48, lambda s: {"model": under("module.model.", s)}, 12, "being the D-MAE authors'"),
+    (48, lambda s: {"model": under("module.model.", s)}, 12, "the D-MAE authors' layout"),
     (768, lambda s: s, 12, "its width, 768"), (1024, lambda s: s, 16, "its width, 1024"),
     (1280, lambda s: s, 16, "its width, 1280")])
 def test_files_that_decide_their_heads(tmp_path, width, make, heads, why):
@@ -632,7 +632,7 @@ def test_files_that_decide_their_heads(tmp_path, width, make, heads, why):
 
 def test_heads_that_the_caller_decides(tmp_path):
     path = save(scrambled_vit().state_dict(), tmp_path / "x.pth")
-    assert re.search("48 wide.*write it behind the name, x.pth:12", refusal(path))
+    assert re.search("48 wide.*append it to the name, x.pth:12", refusal(path))
     assert "5 heads: must divide" in refusal(path, 5) and "0 heads: must" in refusal(f"{path}:0")
     odd = shutil.copy(path, tmp_path / "a.pth:3")                # a name, not a number of heads
     assert split_heads(f"{path}:6") == (path, 6) and split_heads(odd) == (odd, None)

@@ -5,8 +5,8 @@
 
 The third part of Wang et al. (ICML 2023). Files of encoders come first: whatever dmae.py takes as
 --teacher, x.pth or x.pth:3 to give its heads. Writes analysis.json with every number into --out
-and, if matplotlib is installed, figures beside it; prints a short table. Images are whole: nothing
-is masked. All that is measured comes from the encoders' ordinary forward pass.
+and, if matplotlib is installed, figures beside it; prints a short table. Nothing is masked, except
+where scores are compared with a teacher's. All measures use the encoders' ordinary forward pass.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from data import FOLDER, SETS, open_data, require, write
 
 
 def patch_distances(grid):
-    """Euclidean distance between the centres of each two patches, in patches: (n, n)."""
+    """Euclidean distance between the centres of every pair of patches, in patches: (n, n)."""
     centres = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
     return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def distance_and_entropy(scores, grid):
-    """How far a patch looks, the sum over keys of attention x distance, in patches; and how widely,
-    -sum a ln a over keys of the same attention, in nats. Means over queries: (2, b, h).
+    """Attention distance, the sum over keys of attention x distance, in patches; and attention
+    entropy, -sum a ln a over keys of attention a, in nats. Means over queries: (2, b, h).
 
-    scores: (b, h, 1 + n, 1 + n), before the softmax; the class token's row and column are left out
-    of it."""
+    scores: (b, h, 1 + n, 1 + n), before the softmax, which is taken over patches alone: the class
+    token's row and column are left out."""
     logs = scores[:, :, 1:, 1:].contiguous().log_softmax(dim=-1)      # twice as fast as of a view
     attention = logs.exp()                                                            # b h n n
     distances = patch_distances(grid).to(attention)
@@ -57,13 +57,13 @@ def representations(vit, tokens):
 
 def gram(x):
     """Linear kernel of samples (m, c) -> (m, m) float64, its diagonal zero, as the estimate below
-    wants it. Centring changes that estimate by rounding alone, for the better."""
+    wants it. Centring does not change that estimate, but reduces its rounding error."""
     x = x - x.mean(dim=0)
     return (x @ x.T).double().fill_diagonal_(0)
 
 
 def hsic(grams):
-    """Unbiased estimate of HSIC (Song et al. 2012, eq. 5) of each two of p kernels:
+    """Unbiased estimate of HSIC (Song et al. 2012, eq. 5) for every pair of p kernels:
     (p, m, m), diagonals zero, m at least 4 -> (p, p)."""
     m = grams.shape[1]
     flat, rows, total = grams.flatten(1), grams.sum(dim=2), grams.sum(dim=(1, 2))
@@ -72,14 +72,14 @@ def hsic(grams):
 
 
 def cka(mean_hsic):
-    """Minibatch CKA: HSIC (p, p), averaged over minibatches, over the root of its diagonal."""
+    """Minibatch CKA: HSIC (p, p), a mean over minibatches, divided by the roots of its diagonal."""
     scale = mean_hsic.diagonal().clamp(min=0).sqrt()
     return mean_hsic / torch.outer(scale, scale)
 
 
 @torch.no_grad()
 def measure(vits, sources, indices, batch, piece=16):
-    """[(2, blocks, heads) for each vit], distance and entropy; CKA (p, p) over all blocks of all.
+    """[(2, blocks, heads) for each vit], distance and entropy; CKA (p, p) of all representations.
 
     sources: for each vit, the images as it takes them. batch: images in a minibatch of CKA; the
     last, incomplete one is left out of it. Memory does not depend on the number of images."""
@@ -112,10 +112,10 @@ def through(M, scores):
 
 @torch.no_grad()
 def agreement(vit, teacher_file, images, learnt=None):
-    """How near the scores of the last block are to those of the teacher's, through a mixer.
+    """How close the last block's scores come, through a mixer, to those of the teacher's.
 
-    Mean squares over the second half of the images, under a mask of 75 %, as in training, and on
-    whole images: `zeros`, of predicting nothing; `mean_map`, the teacher's scores averaged over the
+    Mean squared errors on the second half of the images, masked by 75 % as in training, and on
+    whole images: `zeros`, of predicting zero; `mean_map`, the teacher's scores averaged over the
     first half, blind to the image (whole ones only); `fitted`, the mixer that is best on the first
     half; `learnt`, the student's own. Returns these, and (ours, mixed, theirs) of the first image,
     through the learnt mixer if there is one."""
@@ -298,7 +298,7 @@ def framed(pictures, grid):
 
 
 def maps_of(x, grid, query):
-    """Of scores or attention (b, h, 1 + n, 1 + n), what a query has for the patches, on their grid:
+    """One query's row of scores or attention (b, h, 1 + n, 1 + n), for the patches, on their grid:
     (b, h, gh, gw). query: 0 is the class token."""
     return x[:, :, query, 1:].cpu().unflatten(2, grid)
 
@@ -394,8 +394,8 @@ def analyze(s):
             f"{out} is inside the data, {s.data}: name a folder elsewhere")
     sources = [open_images(s.data, s.data_dir, vit, device, s.workers) for vit in vits]
     count = s.images or min(1100, len(sources[0]))
-    require(s.batch_size <= count <= len(sources[0]), f"{count} images of the {len(sources[0])} "
-            f"that {s.data} has: --images must be from --batch-size, {s.batch_size}, to that")
+    require(s.batch_size <= count <= len(sources[0]), f"--images {count}, of the {len(sources[0])} "
+            f"that {s.data} has: must be from --batch-size, {s.batch_size}, to {len(sources[0])}")
     out.mkdir(parents=True, exist_ok=True)
     sample = torch.randperm(len(sources[0]), generator=torch.Generator().manual_seed(s.seed))
 
@@ -411,7 +411,7 @@ def analyze(s):
         for j, part in enumerate(rows.split(sizes, dim=1)[:i + 1]):
             between[f"{names[i]} | {names[j]}"] = part.tolist()
 
-    # The last block's scores beside the teacher's, by a sample of at most 128 images.
+    # The last block's scores compared with the teacher's, on a sample of at most 128 images.
     agreements, shown, mixers = {}, {}, {}
     for i, file in enumerate(s.files):
         path, name, vit = dmae.split_heads(file)[0], names[i], vits[i]

@@ -4,12 +4,12 @@
     python -m experiments.detect --init dmae_tiny.pth --data coco       # as the paper; not run
 
 The pyramid of feature maps is ViTDet's (Li et al. 2022, arXiv 2203.16527), what follows is
-torchvision's MaskRCNN: a proposal network (rpn) finds boxes in which something may be; of each, one
-head tells what it is and corrects the box, another draws its mask. The log has the losses of each.
+torchvision's MaskRCNN: a proposal network (rpn) finds boxes that may hold something; for each, one
+head classifies it and refines the box, another draws its mask. The log has the losses of each.
 Scenes and COCO come through one loader, in the layout that COCO is published in: train2017/,
 val2017/, annotations/instances_train2017.json and instances_val2017.json. AP, by pycocotools (pip
-install pycocotools), is the mean of average precisions in which a find counts if it overlaps the
-truth by 50, 55, ... 95 % (AP50: by 50 %). Results: DETECTION.md.
+install pycocotools), is average precision, averaged over the IoU from which a detection counts: 50,
+55, ... 95 % (AP50: 50 % alone). Results: DETECTION.md.
 """
 
 import argparse
@@ -77,8 +77,8 @@ class Pyramid(nn.Module):
 
 
 class Detector(MaskRCNN):
-    """Mask R-CNN on a `Pyramid`, its heads as wide. The finest map's anchors, the boxes that are
-    corrected into proposals, have sides of `anchor` pixels, each coarser one's of twice as many."""
+    """Mask R-CNN on a `Pyramid`, with heads of its width. Anchors, the boxes refined to proposals,
+    have sides of `anchor` pixels on the finest map, and of twice as many on each coarser one."""
 
     def __init__(self, vit, classes, width, anchor, autocast, **options):
         side = vit.config["image_size"][0]
@@ -96,8 +96,8 @@ class Detector(MaskRCNN):
             pool.scales, pool.map_levels = [1 / 4, 1 / 8, 1 / 16, 1 / 32], initLevelMapper(2, 5)
 
     def forward(self, images, targets=None):
-        """images: (3, height, width) in 0 to 1 each; targets: {"boxes", "labels", "masks"} each. In
-        training {"loss": ..., and its terms}, else {"boxes", "labels", "scores", "masks"} each, in
+        """images: [(3, height, width) in 0 to 1]; targets: [{"boxes", "labels", "masks"}]. Returns
+        {"loss": ..., and its terms} in training, else [{"boxes", "labels", "scores", "masks"}], in
         pixels of the image."""
         device = self.backbone.vit.cls_token.device
         targets = targets and [{name: target[name].to(device) for name in (
@@ -111,7 +111,7 @@ class Detector(MaskRCNN):
 
 @torch.no_grad()
 def detect(model, data, workers=0):
-    """What the model finds on all images, as COCO's files of results have it."""
+    """Detections in all images, in the format of COCO's result files."""
     model.eval()
     results = []
     for batch in DataLoader(data, 16, num_workers=workers, collate_fn=list):

@@ -3,10 +3,10 @@
     python -m experiments.rivals simmim --data fashion-mnist
     python finetune.py --init runs/0001/student.pth --data fashion-mnist
 
-Each is a class below, an encoder with whatever its loss needs; `forward` takes what `inputs` makes
-of a batch and returns the losses by name. Network, images, crops, recipes, runs and k-NN are the
-core's; what is the method's own is its views, weight decay and head, of our size for images of 32
-pixels. Not as in the papers: AdamW's beta2 (0.95), milder crops, no blur, hue or solarisation; of
+Each is a class below: an encoder and what its loss needs. `inputs(views, labels, generator)` makes
+what `forward` takes, which returns the losses by name. Network, images, crops, recipes, runs and
+k-NN are dmae.py's; views, weight decay and head are the method's, sized by us for images of 32
+pixels. Unlike the papers: AdamW's beta2 (0.95), milder crops, no blur, hue or solarisation; for
 DINO no small crops, gradient clipping or warm-up of the teacher's temperature.
 
 Letters as in dmae.py; e prototypes or width of an embedding, v views.
@@ -31,18 +31,17 @@ def mlp(*widths, activation=nn.GELU, batch_norm=False):
     """Linear layers, an activation between them; batch_norm: a norm after each, the last without
     weights."""
     layers = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:])):
-        last = i == len(widths) - 2
+    for i, (a, b) in enumerate(zip(widths, widths[1:]), start=2):
         layers.append(nn.Linear(a, b, bias=not batch_norm))
-        layers += [nn.BatchNorm1d(b, affine=not last)] if batch_norm else []
-        layers += [] if last else [activation()]
-    return nn.Sequential(*layers)
+        layers += [nn.BatchNorm1d(b, affine=i < len(widths))] if batch_norm else []
+        layers.append(activation())
+    return nn.Sequential(*layers[:-1])
 
 
 @torch.no_grad()
 def follow(average, model, rate, done):
-    """Moves the weights of `average` towards the model's: average * momentum + model * the rest.
-    The momentum goes from 1 - rate to 1. done: the share of all steps behind."""
+    """Moves `average` towards the model, an exponential moving average: average * momentum + model
+    * (1 - momentum). The momentum rises from 1 - rate to 1. done: share of the steps completed."""
     momentum = 1 - rate * (1 + math.cos(math.pi * done)) / 2
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
         old.lerp_(new, 1 - momentum)
@@ -58,8 +57,7 @@ def jitter(images, generator, grey=0.2):
     for image, numbers, no_colour in zip(images, factors.tolist(), lost.tolist(), strict=True):
         for kind, factor in zip(kinds, numbers):
             image = kind(image, factor)
-        colour = not no_colour or len(image) == 1
-        out.append(image if colour else TF.rgb_to_grayscale(image, 3))
+        out.append(TF.rgb_to_grayscale(image, 3) if no_colour and len(image) > 1 else image)
     return torch.stack(out)
 
 
@@ -69,8 +67,8 @@ def jitter(images, generator, grey=0.2):
 class SimMIM(nn.Module):
     """L = mean over hidden pixels of |prediction - pixels| (Xie et al. 2022, arXiv 2111.09886).
 
-    Hidden patches are mask tokens in the encoder's input; all tokens go through it; the head is one
-    linear layer. Patches are hidden two by two, 60 % of them."""
+    Hidden patches are replaced by mask tokens in the encoder's input and pass through it; the head
+    is one linear layer. 60 % of the patches are hidden, in squares of 2 x 2."""
 
     def __init__(self, vit, classes):
         super().__init__()
@@ -83,7 +81,7 @@ class SimMIM(nn.Module):
 
     def inputs(self, views, labels, generator):
         rows, columns = (side // 2 for side in self.encoder.grid)
-        noise = torch.rand(len(labels), rows * columns, generator=generator)
+        noise = torch.rand(len(views[0]), rows * columns, generator=generator)
         mask = noise.argsort(dim=1).argsort(dim=1) < round(0.6 * rows * columns)          # b n/4
         mask = mask.view(-1, rows, columns).repeat_interleave(2, 1).repeat_interleave(2, 2)
         return views[0], mask.flatten(1).to(views[0].device)                              # b n
@@ -104,7 +102,7 @@ class MoCoV3(nn.Module):
     """L = 2 T (CE(q1 k2 / T) + CE(q2 k1 / T)) (Chen et al. 2021, arXiv 2104.02057).
 
     q: predictor(projector(class token)) of a view; k: projector(class token) of the other view, by
-    an average of encoder and projector over time; the right k of a q is the one of its image."""
+    moving averages of encoder and projector. The positive k of a q is that of the same image."""
 
     temperature = 0.2
 
@@ -129,8 +127,8 @@ class MoCoV3(nn.Module):
 
     def contrast(self, q, keys):
         scores = F.normalize(q, dim=1) @ F.normalize(keys, dim=1).T / self.temperature    # b b
-        right = torch.arange(len(q), device=q.device)
-        return 2 * self.temperature * F.cross_entropy(scores, right)
+        positives = torch.arange(len(q), device=q.device)
+        return 2 * self.temperature * F.cross_entropy(scores, positives)
 
     def after_step(self, done):
         follow(self.average, nn.ModuleList([self.encoder, self.projector]), 0.01, done)
@@ -139,8 +137,8 @@ class MoCoV3(nn.Module):
 class DINO(nn.Module):
     """L = H(P_t(x1), P_s(x2)) / 2 + H(P_t(x2), P_s(x1)) / 2 (Caron et al. 2021, arXiv 2104.14294).
 
-    P: softmax over k prototypes of the class token's head; the teacher t is an average of the
-    student over time, centred (minus its running mean) and sharpened (a lower temperature)."""
+    P: softmax over e prototypes, scored by a head on the class token; the teacher t is a moving
+    average of the student, centred (minus its running mean), sharpened (at a lower temperature)."""
 
     student_temperature, teacher_temperature = 0.1, 0.04
 
@@ -175,9 +173,9 @@ class DINO(nn.Module):
         return {"loss": loss}
 
     def cross_entropy(self, student, teacher):
-        """Each view's distribution against the other view's: (v*b, k) both, v = 2."""
+        """Each view's distribution against the other view's: (v*b, e) both, v = 2."""
         targets = ((teacher - self.centre) / self.teacher_temperature).softmax(dim=1)
-        first, second = targets.chunk(2)                                                  # b e
+        first, second = targets.chunk(2)                                                  # b e each
         logs = (student / self.student_temperature).log_softmax(dim=1)                    # v*b e
         return -(torch.cat([second, first]) * logs).sum(dim=1).mean()
 
@@ -251,7 +249,6 @@ def pretrain(method, s):
             views = [train.augment(jitter(images, generator) if count > 1 else images,
                                    *train.draw(len(images), torch.Generator(run.device).manual_seed(
                                        seed_of(s.seed, 2, step, view)))) for view in range(count)]
-            labels = torch.zeros(len(images)).long() if labels is None else labels
             pieces = [model.inputs(views, labels, generator)]
             optimizer.param_groups[0]["weight_decay"] = decay[1] + (
                 decay[0] - decay[1]) * (1 + math.cos(math.pi * step / total)) / 2

@@ -66,8 +66,8 @@ def draw_scene(g):
         u = (torch.cos(angle) * (x - left) + torch.sin(angle) * (y - up)) / radius
         v = (torch.cos(angle) * (y - up) - torch.sin(angle) * (x - left)) / radius
         cover = (0.5 - figure_distance(FIGURES[label], u, v) * radius).clamp(0, 1)      # 96 96
-        away = uniform(0.3, 0.55) * (1 if grey < 0.5 else -1)   # lighter on dark, darker on light
-        colour = (grey + away + uniform(-0.2, 0.2, 3)).view(3, 1, 1)
+        contrast = uniform(0.3, 0.55) * (1 if grey < 0.5 else -1)      # lighter on dark ground
+        colour = (grey + contrast + uniform(-0.2, 0.2, 3)).view(3, 1, 1)
         image, seen[cover > 0.5] = image * (1 - cover) + colour * cover, number
     image = image + 0.01 * torch.randn(image.shape, generator=g)
     return (image * 255).round().clamp(0, 255).byte(), seen, labels

@@ -5,16 +5,16 @@
     python -m experiments.study --report                         # tables and figure of our lines
 
 A cell is one command: a data set, a way to pre-train (row), a seed, and what is measured (column;
-`pretrain` is the pre-training itself). It runs once: it adds a line to --results, and is known by
-its command, in which the folder of each run it starts from is a hash of that run's command. So a
-row whose flags were changed is measured anew, and nothing else is. Stop whenever you like: the same
-command goes on. Several may run side by side if no two need the same run: teachers, and seed 0 of
-`supervised` and `dino`, which are teachers, too, come first.
+`pretrain` is the pre-training itself). It runs once, adds a line to --results, and is identified by
+its command, in which each run that it starts from is named by a hash of that run's command. So only
+a row whose flags change is measured anew. Stop whenever you like: the same command continues.
+Several may run side by side if no two need the same run, so run first the teachers, and seed 0 of
+`supervised` and `dino`, which serve as teachers, too.
 
 All students have the same network and see 120,000 images of the set, except where MAE is given the
 time of another row. Seeds of different rows share their order of images and their labels, so
-differences are taken seed by seed. Learning rates were chosen on Fashion-MNIST by `held-out`: a
-pre-training half as long, of MAE as long, then a linear probe on training images not seen in it.
+differences are taken seed by seed. Learning rates were chosen on Fashion-MNIST by `held-out`: half
+the epochs (MAE: all) of pre-training, then a linear probe tested on images neither was trained on.
 """
 
 import argparse
@@ -51,9 +51,9 @@ METHODS = {
     "mae": ("dmae.py --teacher none", {"--blr": "1.5e-3"}),
     "dmae": ("dmae.py", {"--blr": "2.4e-2", "--teacher": "{teacher}"}),
 }
-# Of each data set: epochs of 120,000 images; of the search; of MAE in the `time` of D-MAE, and as
-# `long` as D-MAE and its teacher, by speeds measured side by side on Fashion-MNIST; images, how
-# many are held out; teacher.
+# For each data set: `epochs` that make 120,000 images; `half` for searches; MAE's in the `time` of
+# D-MAE, or as `long` as D-MAE plus its teacher, by speeds measured side by side on Fashion-MNIST;
+# training images, and how many of them are held out; the teacher.
 DATA = {
     "fashion-mnist": dict(epochs=2, half=1, time=3, long=47, train=60_000, held=5_000,
                           teacher="@teacher"),
@@ -75,7 +75,7 @@ ROWS = {
     "dmae": ("D-MAE", "dmae", ""),
     "untrained": ("D-MAE, untrained teacher", "dmae", "--teacher @untrained-teacher"),
 }
-# On Fashion-MNIST alone: what is distilled, and from whom. DINOv2's ViT-S/14 is to be put there.
+# On Fashion-MNIST alone: what is distilled, and from whom. Put DINOv2's ViT-S/14 into weights/.
 VARIANTS = {
     "lower": ("D-MAE, block 3", "dmae", "--layers 3:3"),
     "probs": ("D-MAE, after the softmax (alpha 100)", "dmae", "--match probs --alpha 100"),
@@ -90,9 +90,9 @@ TEACHERS = {
     "teacher": ("teacher", "mae", "--student mini --epochs 24 --blr 3e-3"),
     "untrained-teacher": ("untrained teacher", "mae", "--student mini --epochs 0"),
 }
-# The same small search for every method, and one more for DINOv2, whose scores are ten times as
-# large as an MAE's: flag, which rows choose, the values to choose from by `held-out`, seed 0, after
-# `half` the epochs; of MAE, which the others are compared with, after all.
+# The same small search for every method, and one for DINOv2, whose scores are ten times an MAE's:
+# flag, rows, values to choose from, by `held-out` with seed 0 after `half` the epochs; of MAE, the
+# baseline, after all of them.
 SEARCHES = [("--blr", METHODS, ("1.5e-3", "6e-3", "2.4e-2")),
             ("--alpha", ["from-dinov2"], ("0.01", "0.1", "1"))]
 SEARCH = {f"{row}@{value}": (f"{title}, {flag[2:]} {value}", method, f"{flags} {flag} {value} "
@@ -102,9 +102,9 @@ SEARCH = {f"{row}@{value}": (f"{title}, {flag[2:]} {value}", method, f"{flags} {
           for title, method, flags in [(ROWS | VARIANTS)[row]]}
 ALL_ROWS = ROWS | VARIANTS | TEACHERS | SEARCH
 
-# The tables: title, the data sets and rows they are of; columns: what they say, the program and its
-# flags, and which number of its result counts. {start} is the student, for a column tuned-… the
-# model that column `all` leaves, {rival} the supervised network of another seed.
+# The tables: title, data sets, rows, columns; of a column: heading, program with flags, the key of
+# its result that counts. {start} is the student (for columns tuned-…, the model that column `all`
+# leaves), {rival} the supervised network of another seed.
 FEW = "finetune.py --init {start} --label-fraction 0.01"
 ALL = "finetune.py --init {start} --epochs 1"
 SCENES = "-m experiments.detect --init {start} --data scenes"
@@ -154,7 +154,7 @@ LEFT_BY = {}                # {file: the cell whose run leaves it}, of all that 
 
 
 def command(data, row, seed, column):
-    """What a cell runs, without its folder and where data lie: this text is what it is known by."""
+    """A cell's command line without --out and --data-dir. This text identifies the cell."""
     if column == "pretrain":
         _, method, flags = ALL_ROWS[row]
         setting = DATA[data] | dict(unseen=DATA[data]["train"] - DATA[data]["held"])
@@ -171,12 +171,12 @@ def command(data, row, seed, column):
 
 
 def folder(text):
-    """Where the run of a command lies; the name is in the commands of our lines: it must stay."""
+    """The folder of a command's run. Recorded results contain its name, so it must not change."""
     return f"runs/comparison/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def student(data, row, seed, column="pretrain"):
-    """What others start from, noted in LEFT_BY: a student or, by column `all`, its tuned model."""
+    """The file other cells start from, noted in LEFT_BY: a student, for `all` its tuned model."""
     if (row, column) == ("scratch", "pretrain"):
         return "none"
     name = "student.pth" if column == "pretrain" else "model.pth"
@@ -189,8 +189,8 @@ def student(data, row, seed, column="pretrain"):
 
 
 def held_out(argv):
-    """What finetune.py does for --mode linear, but on training images alone: tested on the last
-    `held` of DATA in the order in which --train-images takes them."""
+    """Like finetune.py --mode linear, but on training images alone: tested on the last `held` (see
+    DATA) in the order of --train-images, on which the search did not pre-train."""
     with dmae.command_line("finetune.py", finetune.FLAGS, argv) as given:
         s = dmae.settings_of(given, finetune.FLAGS, "init", finetune.defaults_for)
         run, vit, train, _ = finetune.begin(s)
@@ -205,8 +205,8 @@ def held_out(argv):
 
 
 def inside(argv):
-    """Of the first encoder that experiments.analyze looks at: attention distance in pixels, and CKA
-    of its blocks' outputs with those of a second one, in percent; lower half and higher."""
+    """For the first encoder given to experiments.analyze: attention distance in pixels and, with a
+    second one, CKA of their equal-numbered blocks' outputs, in percent; lower and upper half."""
     numbers = analyze.main(argv)
     model, *rival = numbers["models"]
     values = dict(distance=[model["patch_size"] * statistics.mean(x) for x in model["distance"]])
@@ -235,8 +235,8 @@ def read(path):
 
 
 def measure(s, data, row, seed, column, wanted=None):
-    """Run a cell and what it starts from, unless that is done, and append their lines. wanted: a
-    file of it; where it is not there, it is made again."""
+    """Run a cell, and first those it starts from, unless that is done, and append their lines.
+    wanted: a file that the cell writes; if it is missing, the cell is run again."""
     text = command(data, row, seed, column)
     if any(line["command"] == text for line in read(s.results)) and Path(wanted or ".").exists():
         return
@@ -245,7 +245,7 @@ def measure(s, data, row, seed, column, wanted=None):
             measure(s, *LEFT_BY[word], wanted=word)
     out = Path(folder(text))
     name, *argv = text.removeprefix("python ").removeprefix("-m ").split()
-    method = argv[:argv[0] in rivals.METHODS]                            # one word, or none
+    method = [argv[0]] if argv[0] in rivals.METHODS else []
     print(f"--- {data}, {row}, seed {seed}, {column}: {text}", flush=True)
     program = held_out if column == "held-out" else PROGRAMS[name]
     if (out / "checkpoint.pth").exists():
@@ -253,7 +253,7 @@ def measure(s, data, row, seed, column, wanted=None):
     else:
         shutil.rmtree(out, ignore_errors=True)                # without one there is nothing to keep
         argv += ["--out", str(out)] + ["--amp", s.amp] * (program is not inside)
-    began, code = time.perf_counter(), first_run.commit()          # which may change during the run
+    began, code = time.perf_counter(), first_run.commit()          # HEAD may move during the run
     result = program([*argv, "--data-dir", s.data_dir])
     measured = dict(minutes=(time.perf_counter() - began) / 60)
     amp = "off" if program is inside else json.loads(
@@ -266,7 +266,7 @@ def measure(s, data, row, seed, column, wanted=None):
                         sha256=dmae.file_hash(out / "student.pth"))
     else:                                  # if the result has minutes, they are of all its sessions
         measured |= {name: result[name] for name in KEPT & result.keys()}
-    # Runs of one command differ between machines: each line has the hashes of the files it is from.
+    # Bits differ between machines, so each line has the hashes of the files it starts from.
     files = [dmae.file_hash(word) for word in text.split()[2:] if Path(word).is_file()]
     line = dict(data=data, row=row, seed=seed, column=column, **measured,
                 commit=code, threads=torch.get_num_threads(), amp=amp, command=text,
@@ -279,7 +279,7 @@ def measure(s, data, row, seed, column, wanted=None):
 
 
 def values_of(lines, data, row, column):
-    """{seed: percent} of a row and column, of `pretrain` {seed: minutes}, by today's flags."""
+    """{seed: value} of a row and column, top-1 in percent, from lines of today's command alone."""
     key = COLUMNS[column][2]
     return {line["seed"]: line[key] * (100 if key == "top1" else 1) for line in lines
             if (line["data"], line["row"]) == (data, row) and key in line
@@ -287,9 +287,9 @@ def values_of(lines, data, row, column):
 
 
 def difference(a, b):
-    """Mean of a - b over the seeds that both have, its standard error, how many if not three. Rule
-    of the study: beyond two standard errors a difference counts, *; with three seeds chance alone
-    passes this 18 % of the time, ** 5 % (Student's t). Two seeds decide nothing."""
+    """Mean of a - b over common seeds ± standard error, then the number of seeds if not three. Rule
+    of the study: a difference counts, *, beyond two standard errors, which chance alone passes with
+    three seeds 18 % of the time; **: beyond the 5 % limit of Student's t. Two decide nothing."""
     pairs = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
     seeds = len(pairs)
     if seeds < 2:
@@ -301,7 +301,7 @@ def difference(a, b):
 
 
 def markdown(head, rows):
-    """Of {row: cells}, without rows and columns in which there is nothing yet; "" if all are so."""
+    """A Markdown table of {row: cells}, without empty rows and columns; "" if nothing is left."""
     rows = [[ALL_ROWS[row][0] if row in ALL_ROWS else row, *cells]
             for row, cells in rows.items() if any(cells)]
     used = [True, *(any(cells) for cells in list(zip(*rows))[1:])]
@@ -310,9 +310,9 @@ def markdown(head, rows):
 
 
 def tables(lines):
-    """{name: a table in Markdown} of all that the lines have to say."""
+    """{name: Markdown} of all tables that the lines fill."""
     def mean(*cells):
-        """Of all seeds, with its deviation."""
+        """The mean of all seeds with their standard deviation, as text."""
         return first_run.summary(values_of(lines, *cells).values(), seeds=3)
 
     found = {}
@@ -389,7 +389,7 @@ def chosen(flag, text, known):
 
 
 def columns_of(data, row, seed):
-    """What there is to measure of a row: of teachers and of the search once."""
+    """The columns to measure for a row; of teachers and of the search for seed 0 alone."""
     columns = [column for sets, rows, columns in TABLES.values()
                if data in sets and row.split("@")[0] in rows for column in columns]
     if row in SEARCH:
@@ -401,14 +401,14 @@ def columns_of(data, row, seed):
 
 
 def missing(data, row, seed, column):
-    """The file in weights/ that a row's pre-training takes, if it is not there."""
+    """The file in weights/ that a row's pre-training takes, if it is not there; else None."""
     words = command(data, row, seed, "pretrain").split() if row != "scratch" else []
     return next((x for x in words if "weights/" in x and not Path(x).exists()), None)
 
 
 def cells(s):
-    """What was asked for, (data, row, seed, column) each: the search, which rates are chosen by;
-    then the first columns of all rows, set by set; then the others."""
+    """The cells asked for, (data, row, seed, column) each: first the search, by which rates are
+    chosen; then the first columns of all rows, set by set; then the others."""
     rows = chosen("rows", s.rows, ALL_ROWS)
     columns = chosen("columns", s.columns, COLUMNS)
     require(re.fullmatch(r"\d+(,\d+)*", s.seeds), f"--seeds {s.seeds}: write them as in 0,1,2")
