@@ -6,9 +6,7 @@ where these are not installed.
 
 import argparse
 import copy
-import functools
 import hashlib
-import http.server
 import io
 import itertools
 import json
@@ -20,7 +18,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -49,9 +46,6 @@ from dmae import (DMAE, MAE, ViT, knn_top1, load_vit, main, parameter_groups, re
 
 # torchvision announces the end of its decoders; `read_image` does without them when it comes.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
-
-
-BF16_GAIN = dmae.bf16_gain
 
 
 @pytest.fixture(autouse=True)
@@ -175,27 +169,15 @@ def test_a_fresh_model_is_drawn_as_the_paper_says():
 
 
 def test_a_classifier_from_scratch_is_drawn_as_timms():
-    """Mean and deviation of each tensor over ten draws; timm's class token is smaller today."""
-    timm = pytest.importorskip("timm.models.vision_transformer")
-    def ours():
-        return finetune.Classifier(10, image_size=32, patch_size=8, width=48, depth=1, heads=4)
-
-    def theirs():
-        return timm.VisionTransformer(32, 8, num_classes=10, embed_dim=48, depth=1, num_heads=4,
-                                      global_pool="avg")
-
+    """Normals of deviation 0.02, biases 0; the patch embedding as PyTorch draws a convolution."""
     torch.manual_seed(0)
-    a, b = ([make().state_dict() for _ in range(10)] for make in (ours, theirs))
-    assert a[0].keys() == b[0].keys()
-    for name in a[0]:
-        (mean, std), (other_mean, other_std) = (
-            (x.mean().item(), x.std().item()) for x in (torch.stack([s[name] for s in draws])
-                                                        for draws in (a, b)))
-        if name == "cls_token":
-            other_std = 0.02
-        count = 10 * a[0][name].numel()
-        assert std == pytest.approx(other_std, rel=5 / math.sqrt(2 * count)), name
-        assert mean == pytest.approx(other_mean, abs=5 * std * math.sqrt(2 / count)), name
+    for name, x in finetune.Classifier(10, depth=1).state_dict().items():
+        if name.startswith("patch_embed."):
+            assert 0.9 / 768**0.5 < x.abs().max() <= 1 / 768**0.5, name
+        elif name.endswith("bias") or "norm" in name:
+            assert (x == name.endswith("weight")).all(), name
+        else:
+            assert x.std().item() == pytest.approx(0.02, rel=0.2), name
 
 
 def small_vit(**changes):
@@ -226,23 +208,6 @@ def test_what_is_asked_for_is_returned_and_nothing_past_it_computed():
     assert vit(images, tokens_of=[1])[0][1].isfinite().all()
 
 
-def test_a_student_and_a_classifier_can_be_exported():
-    """Features and logits, also at another batch size than the one of the example."""
-    classifier = finetune.Classifier(5, image_size=32, patch_size=8, width=32, depth=2, heads=4)
-    class Program(nn.Module):
-        def __init__(self, function):
-            super().__init__()
-            self.model, self.forward = function.__self__, function
-
-    images = torch.randn(3, 3, 32, 32)
-    sizes = {"images": {0: torch.export.Dim("batch")}}
-    for function in small_vit().eval().encode, classifier.eval().logits:
-        with torch.no_grad():
-            exported = torch.export.export(Program(function), (images,), dynamic_shapes=sizes)
-            for x in images, torch.randn(7, 3, 32, 32):
-                assert torch.equal(exported.module()(x), function(x))
-
-
 def test_painted_patches_survive_masking_and_unshuffling():
     """Patch i is painted with the number i; an encoder and a decoder that only pass numbers on must
     put every visible number back into its place."""
@@ -268,39 +233,18 @@ def test_loss_touches_hidden_patches_only_and_normalises_each():
     mae = MAE(small_vit(), 16, 1, 2)
     mae.decode = lambda tokens, ids: tokens                  # the tokens are the prediction
     images, ids_keep = torch.randn(2, 3, 32, 32), torch.tensor([[0, 3, 7, 15], [1, 2, 8, 9]])
-    prediction, errors = torch.randn(2, 16, 192), {True: [], False: []}
-    for b in range(2):                                       # the definition, patch by patch
-        for i in set(range(16)) - set(ids_keep[b].tolist()):
-            y, x = 8 * (i // 4), 8 * (i % 4)
-            patch = images[b, :, y:y + 8, x:x + 8].permute(1, 2, 0).flatten()
-            normal = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
-            for norm_pix, target in ((True, normal), (False, patch)):
-                errors[norm_pix].append((prediction[b, i] - target).square().mean())
-    prediction[0, 3] += 100                                  # visible: it does not count
-    for mae.norm_pix, each in errors.items():
+    plain, prediction = mae.encoder.patchify(images), torch.randn(2, 16, 192)
+    variance, mean = torch.var_mean(plain, dim=-1, keepdim=True)
+    normal = (plain - mean) / (variance + 1e-6).sqrt()
+    hidden = (torch.arange(16) != ids_keep[..., None]).all(1)
+    prediction[~hidden] += 100                               # visible: they do not count
+    for mae.norm_pix, target in ((True, normal), (False, plain)):
         loss = mae.reconstruction_loss(images, prediction, ids_keep)
-        torch.testing.assert_close(loss, torch.stack(each).mean())
+        torch.testing.assert_close(loss, F.mse_loss(prediction[hidden], target[hidden]))
     # Predicting nothing scores (n - 1) / n, of images of one colour 0.
     mae.norm_pix, nothing = True, torch.zeros_like(prediction)
     losses = [mae.reconstruction_loss(x, nothing, ids_keep).item() for x in (images, 0 * images)]
     assert losses == pytest.approx([191 / 192, 0], rel=1e-4)
-
-
-def test_one_batch_is_overfitted_and_other_patches_of_it_are_not():
-    torch.manual_seed(0)
-    model = DMAE(MAE(small_vit(), 64, 1, 4), small_vit(width=48, depth=4, heads=6))
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
-    images, ids_keep = torch.randn(2, 3, 32, 32), torch.rand(2, 16).argsort(1)[:, :4]
-    history = []
-    for _ in range(200):
-        history.append(model(images, ids_keep))
-        history[-1]["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    first, last = history[0], history[-1]
-    assert last["mae"] < 0.1 < 0.9 < first["mae"] and last["scores"] < 0.1 * first["scores"]
-    for part in (model, model.student):
-        assert last["mae"] < part(images)["mae"] != part(images)["mae"]
 
 
 def test_distance_scores_and_attention_are_float32_whatever_surrounds_them():
@@ -320,45 +264,37 @@ def test_distance_scores_and_attention_are_float32_whatever_surrounds_them():
         torch.testing.assert_close(out, exact.softmax(dim=-1) @ v.float())
 
 
-def test_hidden_compares_normalised_tokens_and_layers_add_up():
+@pytest.mark.parametrize("mixer", [True, False])
+def test_terms_and_layers_add_up_with_a_mixer_and_without(mixer):
     images, ids_keep = torch.randn(2, 3, 32, 32), torch.rand(2, 16).argsort(1)[:, :4]
-    model, total = small_model(layers=[(1, 2), (3, 3)], match="hidden", alpha=3.0), 0
+    teacher = None if mixer else small_vit(depth=4)          # as wide, with as many heads
+    model = small_model(teacher, layers=[(1, 2), (3, 3)], match="scores,hidden", alpha=3.0,
+                        mixer=mixer)
+    scores, hidden = 0, 0
     for i, j in model.layers:
-        tokens = [model.student.encoder(images, ids_keep, tokens_of=[i])[0][i],
-                  model.teacher(images, ids_keep, tokens_of=[j])[0][j]]
-        ours, theirs = ((x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True)
-                                                          + 1e-5).sqrt() for x in tokens)
-        total += (ours @ model.mixers[f"hidden:{i}:{j}"].T - theirs).square().mean()
+        (x, a), (y, b) = (vit(images, ids_keep, [block], [block]) for vit, block in (
+            (model.student.encoder, i), (model.teacher, j)))
+        x, y = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (x[i], y[j]))
+        a, b = a[i], b[j]
+        if mixer:
+            x = x @ model.mixers[f"hidden:{i}:{j}"].T
+            a = torch.einsum("ts,bsqk->btqk", model.mixers[f"scores:{i}:{j}"], a)
+        scores, hidden = scores + F.mse_loss(a, b), hidden + F.mse_loss(x, y)
     losses = model(images, ids_keep)
-    torch.testing.assert_close(losses["hidden"], total)
-    torch.testing.assert_close(losses["loss"], losses["mae"] + 3 * total)
-
-
-def test_without_a_mixer_and_with_several_terms():
-    images, ids_keep = torch.randn(2, 3, 32, 32), torch.rand(2, 16).argsort(1)[:, :4]
-    teacher = small_vit(depth=4)                             # as wide, with as many heads
-    model = small_model(teacher, match="scores,hidden", mixer=False, alpha=2.0)
-    ours, theirs = (vit(images, ids_keep, [depth], [depth]) for vit, depth in (
-        (model.student.encoder, 3), (model.teacher, 4)))
-    losses = model(images, ids_keep)
-    torch.testing.assert_close(losses["scores"], F.mse_loss(ours[1][3], theirs[1][4]))
-    torch.testing.assert_close(losses["hidden"], F.mse_loss(
-        *(F.layer_norm(x, [32]) for x in (ours[0][3], theirs[0][4]))))
-    assert not model.mixers and losses["loss"].item() == pytest.approx(
-        (losses["mae"] + 2 * losses["scores"] + 2 * losses["hidden"]).item())
-    model = small_model(teacher, match="scores,hidden")
-    assert {name: M.shape for name, M in model.mixers.items()} == {
-        "scores:3:4": (4, 4), "hidden:3:4": (32, 32)}
+    total = losses["mae"] + 3 * (scores + hidden)
+    torch.testing.assert_close(
+        losses, dict(loss=total, mae=losses["mae"], scores=scores, hidden=hidden))
+    assert bool(model.mixers) == mixer
 
 
 @pytest.mark.parametrize("options", [
     {}, dict(layers=[(1, 2), (3, 4)]), dict(match="probs"), dict(match="hidden", layers=[(2, 2)]),
     dict(decoupled=True, decode_after=2)])
 def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(options):
-    model = small_model(**options)
+    model, images = small_model(**options), torch.randn(2, 3, 32, 32)
     assert not any(m.training for m in model.train().teacher.modules())
     held = {id(p) for group in parameter_groups(model, 0.05) for p in group["params"]}
-    losses = model(torch.randn(2, 3, 32, 32))
+    losses = model(images)
     if options.get("decoupled"):                 # the decoder reads block 2; 3 has the teacher only
         losses["mae"].backward(retain_graph=True)
         assert model.student.encoder.blocks[1].mlp.fc2.weight.grad.abs().sum() > 0
@@ -370,6 +306,8 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(options):
         assert (id(p) in held) == p.requires_grad
     assert all(p.grad is None and not p.requires_grad and id(p) not in held
                for p in model.teacher.parameters())
+    for part in (model, model.student):                              # each call hides other patches
+        assert part(images)["mae"] != part(images)["mae"]
     assert not any("teacher" in name for name in model.state_dict())
     assert model.double().teacher.pos_embed.dtype == torch.float64           # it follows .to(...)
 
@@ -391,35 +329,22 @@ def test_grey_small_student_under_a_large_colour_teacher():
 
 @pytest.mark.parametrize("options", [
     {}, dict(match="probs,hidden"), dict(decoupled=True)])
-def test_nothing_is_left_on_the_cpu(options):
+def test_nothing_is_left_on_the_cpu(options, monkeypatch):
     """A small grey student under a colour teacher, a classifier, images of a set: on fake CUDA
     tensors, which need no GPU."""
-    def on_cuda(tensor):
-        fake = mode.from_tensor(tensor)
-        with mode:
-            return fake.to("cuda")
-
-    def move(model):
-        for module in itertools.chain(*(m.modules() for m in model)):
-            module._buffers |= {n: on_cuda(x) for n, x in module._buffers.items()}
-            module._parameters |= {n: nn.Parameter(on_cuda(x.data), x.requires_grad)
-                                   for n, x in module._parameters.items() if x is not None}
-
-    mode, student = FakeTensorMode(), ViT(32, 8, 1, 32, 3, 4, (0.3,), (0.2,))
-    decode_after = 2 if options.get("decoupled") else None
-    model = DMAE(MAE(student, 16, 1, 2, decode_after=decode_after), ViT(56, 14, 3, 48, 2, 6),
-                 **options)
-    classifier = finetune.Classifier(5, image_size=32, patch_size=8, width=32, depth=2, heads=4)
-    move([model, model.teacher, classifier])
-    source = data.SmallSet(noise(6, 1, 32, 32), torch.arange(6), (), SETS["fashion-mnist"],
-                           (32, 32))
-    source.items, source.mean, source.std = map(on_cuda, (source.items, source.mean, source.std))
-    source.device, source.labels = torch.device("cuda"), mode.from_tensor(source.labels)
-    with mode:
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda *_, **__: None)   # it looks at the numbers
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            student = ViT(32, 8, 1, 32, 3, 4, (0.3,), (0.2,))
+            mae = MAE(student, 16, 1, 2, decode_after=2 if options.get("decoupled") else None)
+            model = DMAE(mae, ViT(56, 14, 3, 48, 2, 6), **options)
+            classifier = finetune.Classifier(5, image_size=32, patch_size=8, width=32, depth=2,
+                                             heads=4)
+        items = torch.zeros(6, 1, 32, 32, dtype=torch.uint8)
+        source = data.SmallSet(items, torch.arange(6), (), SETS["fashion-mnist"], (32, 32), "cuda")
         (images, labels), = source.plain(torch.arange(4))
-        colour = images.expand(-1, 3, -1, -1)
-        found = [images, labels, classifier.logits(colour), *dmae.class_scores(model, images),
-                 *model(images).values(),
+        found = [images, labels, classifier.logits(images.expand(-1, 3, -1, -1)),
+                 *dmae.class_scores(model, images), *model(images).values(),
                  dmae.pooled_features(student, images)]
     assert {x.device.type for x in found} == {"cuda"}
 
@@ -431,8 +356,7 @@ BAD_SETTINGS = {
     "not together": [lambda: small_model(decoupled=True, layers=[(1, 1)]),
                      lambda: small_model(decoupled=True, match="scores,hidden")],
     "choose from scores, probs, hidden": [
-        lambda: small_model(match="logits"), lambda: small_model(match="probs,"),
-        lambda: small_model(match="probs,probs")],
+        lambda: small_model(match="logits"), lambda: small_model(match="probs,probs")],
     "must agree": [lambda: small_model(mixer=False), lambda: small_model(
         small_vit(width=48, heads=4), mixer=False, match="scores,hidden")],
     "channel": [lambda: small_model(small_vit(channels=1, mean=(0.5,), std=(0.5,)))],
@@ -440,8 +364,7 @@ BAD_SETTINGS = {
     "heads: must divide": [lambda: small_vit(heads=5), lambda: small_vit(heads=0)],
     "multiple of 4": [lambda: small_vit(width=30, heads=5)],
     "one must be visible": [lambda: MAE(small_vit(), mask_ratio=0.95),
-                            lambda: MAE(small_vit(), mask_ratio=0.0),
-                            lambda: MAE(small_vit(), mask_ratio=math.nan)]}
+                            lambda: MAE(small_vit(), mask_ratio=0.0)]}
 
 
 @pytest.mark.parametrize("words", BAD_SETTINGS)
@@ -497,7 +420,6 @@ UNUSED = "decoder_norm, decoder_pos_embed, mask_token"
 # of the D-MAE authors have 12 heads; the others do not say.
 LAYOUTS = {
     "mae_pretrain.pth": (lambda s: {"model": s}, ""),
-    "mae_visualize.pth": (lambda s: {"model": s | DECODER}, UNUSED),
     "mae_checkpoint.pth": (
         lambda s: dict(model=s | DECODER, optimizer={"state": {0: {"exp_avg": torch.ones(2)}}},
                        epoch=3, scaler={"scale": 2.0}, args=argparse.Namespace(lr=1e-3)), UNUSED),
@@ -521,7 +443,6 @@ LAYOUTS = {
     "dino_full.pth": (
         lambda s: {"student": other(s), "teacher": under("backbone.", s) | HEAD}, "head"),
     "timm.bin": (lambda s: s | HEAD, "head"), "timm.safetensors": (lambda s: s, ""),
-    "inside.pth": (lambda s: {"model": under("module._orig_mod.", s)}, ""),
     "config.pth": (lambda s: {"model": s, "config": {"heads": 3}}, "")}                 # not ours
 
 
@@ -561,18 +482,6 @@ def test_hugging_face_agrees(tmp_path, name):
         noise = torch.arange(16.0).expand(2, -1)                 # ascending: patches in order
         theirs = getattr(model, "vit", model)(some_images(vit), noise=noise).last_hidden_state
         torch.testing.assert_close(vit.encode(some_images(vit)), theirs, atol=1e-4, rtol=1e-4)
-
-
-def test_timm_agrees_on_oblong_grey_images():
-    timm = pytest.importorskip("timm.models.vision_transformer")
-    ours = scrambled_vit(image_size=(16, 32), patch_size=4, channels=1, depth=11, heads=6,
-                         mean=[0.5], std=[0.3])
-    theirs = timm.VisionTransformer(
-        img_size=(16, 32), patch_size=4, in_chans=1, embed_dim=48, depth=11, num_heads=6,
-        num_classes=0, global_pool="token").eval()
-    theirs.load_state_dict(ours.state_dict())
-    features = theirs.forward_features(some_images(ours))
-    torch.testing.assert_close(ours.encode(some_images(ours)), features, atol=1e-5, rtol=1e-5)
 
 
 def test_layer_scale_is_folded_as_dinov2_has_it(tmp_path):
@@ -651,6 +560,8 @@ REFUSED = {
     "cut": (lambda s: saved(s)[:-100], "truncated: fetch it again"),
     "cut, legacy": (lambda s: saved(s, _use_new_zipfile_serialization=False)[:-100], "fetch it"),
     "text": (lambda s: b"version https://git-lfs.github.com/spec/v1\n", "no PyTorch file; give"),
+    "code": (lambda s: {"model": s, "args": os.system}, "it holds code"),
+    "code, pickled": (lambda s: pickle.dumps({"model": s, "args": os.system}), "it holds code"),
     "tensor": (lambda s: s["pos_embed"], "holds no state dict: Tensor"),
     "nothing": (lambda s: {}, r"no pos_embed, patch_embed and blocks .*\(, ...\)"),
     "distilled": (lambda s: s | {"dist_token": s["cls_token"]}, "no plain ViT: .*dist_token"),
@@ -664,16 +575,15 @@ REFUSED = {
     "ConvNeXt": (lambda s: under("stages.0.", {"0.dwconv.weight": s["norm.bias"]}), "ConvNeXt"),
     "BEiT": (lambda s: s | {"blocks.0.attn.relative_position_bias_table": s["norm.bias"]}, "BEiT"),
     "Swin": (lambda s: under("layers.0.blocks.", s), "Swin, whose"),
-    "missing": (lambda s: {n: s[n] for n in s if n != "norm.bias"}, "Missing .*norm.bias"),
     "no keys": (lambda s: {n.replace("attn.qkv", "attention.query"): s[n][:48] if "qkv" in n else
                            s[n] for n in s}, "size mismatch .*qkv"),
     "no positions": (lambda s: s | {"pos_embed": torch.ones(1, 0, 48)}, "no plain ViT: .*multiple"),
-    "shape": (lambda s: s | {"norm.bias": torch.ones(47)}, r"norm.bias.*\[47\]"),
     "grey": (lambda s: s | {"patch_embed.proj.weight": torch.ones(48, 1, 8, 8)}, "of 1 channels"),
     "twice": (lambda s: s | under("module.", s), "cls_token twice, under different prefixes"),
     "resumable": (lambda s: dict(model=s, images=3, optimizer={}), "student.pth or model.pth")}
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_with_a_reason(tmp_path, case):
     make, reason = REFUSED[case]
@@ -691,58 +601,30 @@ def test_missing_files_and_readers(tmp_path, monkeypatch):
     assert "pip install safetensors" in refusal(tmp_path / "x.safetensors")
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """The address of a server of what lies in tmp_path/www; what is in cut/ breaks off half-way."""
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def copyfile(self, source, output):
-            content = source.read()
-            output.write(content[:len(content) // (2 if "cut" in self.path else 1)])
+def test_an_address_is_downloaded_once_or_leaves_nothing(folder, teacher, tmp_path, monkeypatch):
+    """The folder tmp_path/www stands for the network; a lost connection leaves half a file."""
+    def urlopen(request):
+        requests.append(request.full_url)
+        return urllib.request.urlopen(request.full_url.partition("?")[0].replace(host, files))
 
-        def log_message(self, *args):
-            requests.append(self.path)
-
-    requests = []
+    www, host, requests = tmp_path / "www", "http://host:80", []
+    files, whole = www.as_uri(), Path(teacher).read_bytes()
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "cache"))
-    (tmp_path / "www" / "cut").mkdir(parents=True)
-    handler = functools.partial(Handler, directory=tmp_path / "www")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}", requests
-        running.shutdown()
-
-
-def test_an_address_is_downloaded_once_or_leaves_nothing(server, folder, teacher, tmp_path):
-    address, requests = server
-    for name in ("x.pth", "cut/x.pth"):
-        shutil.copy(teacher, tmp_path / "www" / name)
-    (tmp_path / "www" / "page.pth").write_text("<html>log in</html>")
+    www.mkdir()
+    (www / "x.pth").write_bytes(whole)
+    (www / "cut.pth").write_bytes(whole[:len(whole) // 2])
+    (www / "page.pth").write_text("<html>log in</html>")
     for _ in range(2):
-        assert equal(load_vit(f"{address}/x.pth").state_dict(), load_vit(teacher).state_dict())
+        assert equal(load_vit(f"{host}/x.pth").state_dict(), load_vit(teacher).state_dict())
     assert len(requests) == 1
-    assert dmae.fetch(f"{address}/x.pth?download=true").suffix == ".pth"
-    out = main(arguments(folder, f"{address}/x.pth:3", "--epochs 0", tmp_path / "out"))
-    assert config(out)["teacher_sha256"] == hashlib.sha256(Path(teacher).read_bytes()).hexdigest()
+    assert dmae.fetch(f"{host}/x.pth?download=true").suffix == ".pth"
+    out = main(arguments(folder, f"{host}/x.pth:3", "--epochs 0", tmp_path / "out"))
+    assert config(out)["teacher_sha256"] == hashlib.sha256(whole).hexdigest()
     cache = files_in(tmp_path / "cache")
-    for place in (f"{address}/cut/x.pth", f"{address}/no.pth", f"{address}/page.pth",
-                  "http://127.0.0.1:1/x.pth"):
-        assert f"{place} cannot be had (" in refusal(place)
+    for name in ("cut", "no", "page"):
+        assert f"{host}/{name}.pth cannot be had (" in refusal(f"{host}/{name}.pth")
     assert files_in(tmp_path / "cache") == cache and len(cache) == 2
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_no_code_is_run(tmp_path):
-    path, marker = tmp_path / "x.pth", tmp_path / "marker"
-
-    class Code:
-        def __reduce__(self):
-            return os.system, (f"touch {marker}",)
-    for dump in torch.save, pickle.dump:
-        with path.open("wb") as file:
-            dump({"model": scrambled_vit().state_dict(), "args": Code()}, file)
-        assert "it holds code" in refusal(path, 3) and not marker.exists()
-    pickle.loads(path.read_bytes())
-    assert marker.exists()                                       # it would have run
 
 
 @pytest.mark.parametrize("shift", [0, 24])                       # 24: swapped halves, as in MoCo-v3
@@ -761,9 +643,8 @@ def test_sincos_positions_by_hand_and_for_another_grid(shift):
     assert vit.grid == (2, 6) and vit.encode(some_images(vit)).shape == (2, 13, 48)
 
 
-@pytest.mark.parametrize("grid", [(7, 5), (2, 3)])
-def test_resize_grid_interpolates_a_learnt_table(grid):
-    layers, vit = pytest.importorskip("timm.layers"), scrambled_vit()
+def test_resize_grid_interpolates_a_learnt_table():
+    layers, vit, grid = pytest.importorskip("timm.layers"), scrambled_vit(), (2, 7)
     before = vit.pos_embed.requires_grad_(True)
     assert resize_grid(vit, [4, 4]).pos_embed is before          # nothing to do
     expected = layers.resample_abs_pos_embed(
@@ -782,12 +663,9 @@ def test_sets_have_the_published_numbers():
             ("fashion-mnist", [0.2860], [0.3530]),
             ("cifar10", [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
             ("cifar100", [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])):
-        assert list(SETS[name]["mean"]) == pytest.approx(mean, abs=5.1e-4)
-        assert list(SETS[name]["std"]) == pytest.approx(std, abs=5.1e-4)
+        assert [*SETS[name]["mean"], *SETS[name]["std"]] == pytest.approx(mean + std, abs=5.1e-4)
     assert [SETS[name]["channels"] for name in list(SETS)[:4]] == [3, 1, 3, 3]
-    assert all(SETS[name] == dict(
-        channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), image_size=224,
-        patch_size=16, crop_scale=0.08) for name in data.PHOTOS) and SETS["pets"] == data.FOLDER
+    assert all(SETS[name] == data.FOLDER for name in data.PHOTOS)
 
 
 def test_crops_are_distributed_as_torchvisions():
@@ -810,9 +688,8 @@ def test_crops_are_distributed_as_torchvisions():
     assert torchvisions(image, (1, 1), (3 / 4, 4 / 3)) == (0, 0, 9999, 9999)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (40, 64)])
-def test_augment_is_torchvisions_resized_crop_image_by_image(size):
-    images, flip = noise(5, 3, 32, 32), torch.tensor([1, 0, 0, 1, 1]).bool()
+def test_augment_is_torchvisions_resized_crop_image_by_image():
+    images, flip, size = noise(5, 3, 32, 32), torch.tensor([1, 0, 0, 1, 1]).bool(), (40, 64)
     boxes = torch.tensor([[0, 0, 32, 32], [5, 9, 16, 12], [0, 20, 14, 12], [1, 2, 20, 25],
                           [10, 0, 22, 30]])                            # top, left, height, width
     corner, sides = boxes[:, [1, 0]], boxes[:, [3, 2]]                 # x before y
@@ -868,12 +745,9 @@ def test_read_image_understands_every_kind_of_pixel(tmp_path, monkeypatch, pillo
     palette.putpalette(colours.tobytes())
     cases = {                       # file: (image, how it should look, options of its file)
         "grey.png": (Image.fromarray(grey[..., 0]), grey, {}),
-        "1-bit.png": (Image.fromarray(grey[..., 0] > 127), (grey > 127) * 255, {}),
         "16-bit.png": (Image.fromarray(deep[..., 0]), deep / 257, {}),
-        "palette.png": (palette, colours[index], {}),
         "one entry transparent.png": (palette, glass[index], dict(transparency=2)),
-        "rgba.png": (Image.fromarray(rgba), rgb * alpha + 255 * (1 - alpha), {}),
-        "la.png": (Image.fromarray(rgba[..., ::3].copy()), grey * alpha + 255 * (1 - alpha), {})}
+        "rgba.png": (Image.fromarray(rgba), rgb * alpha + 255 * (1 - alpha), {})}
     for exif, quarters in ((1, 0), (3, 2), (6, -1), (8, 1)):       # how far it is turned
         head = struct.pack("<6s2sHIHHHIII", b"Exif", b"II", 42, 8, 1, 0x0112, 3, 1, exif, 0)
         cases[f"{exif}.png"] = Image.fromarray(rgb), np.rot90(rgb, quarters), dict(exif=head)
@@ -998,10 +872,7 @@ def test_shapes_are_balanced_and_seeded_and_pixels_tell_little():
     assert 0.12 < accuracy < 0.40                        # chance is 0.10, with a deviation of 0.007
 
 
-def test_close_numbers_give_unrelated_seeds():
-    seeds = [data.seed_of(*key) for n in (1, 2, 3) for key in itertools.product(range(9), repeat=n)]
-    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
-    assert 30 < np.mean([(a ^ b).bit_count() for a, b in itertools.pairwise(seeds)]) < 33
+def test_seeds_are_those_of_the_runs_so_far():
     assert data.seed_of(0, 1) == 4499712255002397205     # a run is continued with the same ones
 
 
@@ -1096,6 +967,11 @@ def test_transfer_sets_are_read_as_they_are_published(name, tmp_path, asked):
         assert len(source.classes) == (102 if name == "flowers" else 3)
         assert next(source.plain(torch.tensor([0])))[0].shape == (1, 3, 16, 24)
     assert not asked.called
+    for file in TRANSFER[name][1]:                                       # a list is cut in half
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[:len(content) // 2])
+        refused(f"--data {name}: .*--data-dir", name, tmp_path)
+        (folder / file).write_bytes(content)
 
 
 def write_cifar(root, folder, parts, meta, fine=""):
@@ -1159,20 +1035,6 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, asked):
         refused(f"--train-images {count}: .*1 to 2", tmp_path / "two", ".", train_images=count)
 
 
-@pytest.mark.parametrize("name, path, old, new", [                        # regular expressions
-    ("cars", "devkit/cars_meta.mat", "(?s).+", ""), ("pets", "annotations/test.txt", " 1\n", "\n"),
-    ("cars", "devkit/cars_train_annos.mat", r"(?s).{50}\Z", ""),
-    ("aircraft", "data/variants.txt", "717", "737"), ("inat18", "val2018.json", "}$", ""),
-    ("inat18", "train2018.json", '"image_id": 12', '"image_id": 13'),
-    ("inat18", "val2018.json", '"id": 5000', '"id": 5001')])
-def test_damaged_lists_are_one_line(name, path, old, new, tmp_path, asked):
-    file = write_set(name, tmp_path) / path
-    damaged, count = re.subn(old.encode(), new.encode(), file.read_bytes())
-    assert count
-    file.write_bytes(damaged)
-    refused(f"--data {name}: .*--data-dir", name, tmp_path)
-
-
 @pytest.mark.parametrize("small", [True, False])
 def test_each_image_has_a_seed_of_its_own_for_the_policy(tmp_path, small):
     write_images(tmp_path, *(f"{i}.png" for i in range(6)))
@@ -1221,15 +1083,13 @@ def test_groups_partition_the_parameters_and_spare_biases_and_norms():
     assert sorted(id(p) for p in decayed["params"] + free["params"]) == sorted(names)
 
 
-def test_knn_against_a_loop():
+def test_knn_against_votes_by_hand():
     torch.manual_seed(0)
-    bank, test = torch.randn(60, 5), torch.randn(600, 5)
-    labels, votes = torch.randint(4, (60,)), torch.zeros(600, 4)
-    for feature, vote in zip(test, votes):
-        similarity = torch.cosine_similarity(feature[None], bank).tolist()
-        for i in sorted(range(60), key=lambda i: -similarity[i])[:20]:
-            vote[labels[i]] += math.exp(similarity[i] / 0.07)
-    answers = votes.argmax(1)
+    bank, test = 3 + torch.randn(60, 5), 3 + torch.randn(600, 5)          # all look much the same
+    labels = torch.randint(4, (60,))
+    similarity = torch.cosine_similarity(test[:, None], bank, dim=2)                        # 600 60
+    votes = (similarity / 0.07).exp() * (similarity >= similarity.topk(20).values[:, -1:])
+    answers = (votes @ F.one_hot(labels, 4).float()).argmax(1)
     assert knn_top1(bank, labels, 3 * test, answers) == 1            # each answer is the same
     assert knn_top1(bank, labels, test, torch.where(torch.arange(600) < 150, 3 - answers,
                                                     answers)) == 0.75
@@ -1338,7 +1198,7 @@ RUN_FILES = {"config.json", "log.jsonl", "checkpoint.pth", "student.pth", "recon
              "attention.png"}
 
 
-def test_a_run_leaves_what_it_should(run, folder, teacher):
+def test_a_run_leaves_what_it_should(run, folder):
     log, saved, student = log_of(run), content_of(run), load_vit(run / "student.pth")
     assert {p.name for p in run.iterdir()} == RUN_FILES
     assert [(x["epoch"], x["step"]) for x in log] == [(0, 0), (1, 5), (2, 10)]
@@ -1351,12 +1211,9 @@ def test_a_run_leaves_what_it_should(run, folder, teacher):
         decode_after=4, match=["scores"])
     assert student.grid == (4, 4) and student.config["heads"] == 4 and student.width == 64
     checkpoint = content_of(run, "checkpoint.pth")
-    assert not any("teacher" in name for name in checkpoint["model"])
     groups = checkpoint["optimizer"]["param_groups"]
     assert [(g["betas"], g["eps"], g["weight_decay"]) for g in groups] == [
         ((0.9, 0.95), 1e-8, 0.05), ((0.9, 0.95), 1e-8, 0)]
-    digest = hashlib.sha256(Path(teacher).read_bytes()).hexdigest()
-    assert config(run)["teacher_sha256"] == digest
     # k-NN of pixels, and of the mean patch token behind a norm without weights.
     images, labels = zip(*(next(source.plain(torch.arange(len(source)))) for source in
                            data.open_data(folder, data.FOLDER, (16, 16))))
@@ -1476,12 +1333,6 @@ def test_flags_of_the_models(spied, folder, teacher, tmp_path):
         norm_pix=False, decoder_width=48, decoder_depth=1, decoder_heads=3, decode_after=2,
         match=["scores"]).items()
     assert spied.steps[0].amp == torch.bfloat16 and log_of(out)[1]["scores"] > 0
-    out = main(arguments(folder, out / "student.pth", "--student micro --match probs,hidden "
-                         "--alpha 2 --no-mixer --epochs 1 --batch-size 5", tmp_path / "b"))
-    line = log_of(out)[1]
-    total = line["mae"] + 2 * (line["probs"] + line["hidden"])
-    assert line["loss"] == pytest.approx(total, rel=1e-5) and not content_of(out)["mixers"]
-    assert line["step"] == 8
 
 
 def test_the_compiler_does_the_same(run, folder, teacher, tmp_path, monkeypatch):
@@ -1493,7 +1344,8 @@ def test_the_compiler_does_the_same(run, folder, teacher, tmp_path, monkeypatch)
 
 
 def test_the_header_tells_when_bfloat16_would_be_faster(folder, tmp_path, monkeypatch, capsys):
-    assert 0 < BF16_GAIN() < math.inf
+    monkeypatch.undo()
+    assert 0 < dmae.bf16_gain() < math.inf
     said = []
     for i, (gain, amp) in enumerate(((1.6, "off"), (1.4, "off"), (1.6, "bf16"))):
         monkeypatch.setattr(dmae, "bf16_gain", lambda gain=gain: gain)
@@ -1733,21 +1585,12 @@ def test_layer_decay_and_weight_decay_of_every_parameter_of_tiny():
     model = finetune.Classifier(10)
     groups = finetune.layer_groups(model, 0.85, 0.05)
     found = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
-    # 0.85^13 for what comes before block 1, 0.85^12 for block 1, ..., 1 for the head.
-    scales = [0.120906, 0.142242, 0.167343, 0.196874, 0.231617, 0.272491, 0.320577, 0.377150,
-              0.443705, 0.522006, 0.614125, 0.7225, 0.85, 1.0]
-    expected = {"cls_token": (scales[0], 0), "pos_embed": (scales[0], 0),
-                "patch_embed.proj.weight": (scales[0], 0.05),
-                "patch_embed.proj.bias": (scales[0], 0), "head.weight": (1, 0.05),
-                **dict.fromkeys(["fc_norm.weight", "fc_norm.bias", "head.bias"], (1, 0))}
-    for block in range(12):
-        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1", "norm2"):
-            decay = 0 if "norm" in part else 0.05
-            expected[f"blocks.{block}.{part}.weight"] = (scales[block + 1], decay)
-            expected[f"blocks.{block}.{part}.bias"] = (scales[block + 1], 0)
-    assert sum(len(g["params"]) for g in groups) == len(expected) == len(found)
+    assert sum(len(g["params"]) for g in groups) == len(found) == len(list(model.parameters()))
     for name, p in model.named_parameters():
-        assert found[id(p)] == pytest.approx(expected[name], abs=1e-6), name
+        block = re.match(r"blocks\.(\d+)\.", name)                      # 12 layers above the first
+        above = 12 - int(block[1]) if block else 0 if name.startswith(("fc_norm", "head")) else 13
+        decay = 0.05 if name.endswith("weight") and "norm" not in name else 0
+        assert found[id(p)] == pytest.approx((0.85**above, decay)), name
 
 
 def test_targets_may_be_soft_or_smoothed():
@@ -1804,8 +1647,6 @@ def test_fine_tuning_leaves_what_it_should(fine, run, folder, capsys):
         mode="finetune", data=folder, init=str(run / "student.pth"), seed=0, label_fraction=1,
         recipe="imagenet", epochs=2, batch_size=8, blr=0.1, layer_decay=0.85, out=str(out),
         train_images=40, **{key: log[-1][key] for key in ("top1", "top5", "minutes")})
-    digest = hashlib.sha256((run / "student.pth").read_bytes()).hexdigest()
-    assert config(out)["init_sha256"] == digest
     groups = content_of(out, "checkpoint.pth")["optimizer"]["param_groups"]
     assert {(g["betas"], g["eps"]) for g in groups} == {((0.9, 0.999), 1e-8)}
     # The last line printed is the result, for a shell to collect; --eval finds the same.
@@ -1817,7 +1658,7 @@ def test_fine_tuning_leaves_what_it_should(fine, run, folder, capsys):
 
 
 def test_a_classifiers_file_is_a_start_a_teacher_and_a_result(fine, folder, tmp_path):
-    """Supervised pre-training, and files as the authors publish their fine-tuned models."""
+    """Supervised pre-training."""
     file = Path(fine["out"]) / "model.pth"
     s = argparse.Namespace(init=file, keep_blocks=None, freeze_blocks=None, seed=5)
     saved = tuned(fine)
@@ -1827,37 +1668,27 @@ def test_a_classifiers_file_is_a_start_a_teacher_and_a_result(fine, folder, tmp_
             n for n in saved if n.startswith(new)}
     out = main(arguments(folder, file, "--student micro --epochs 1", tmp_path / "a"))
     assert weights(out)["mixers.scores:4:4"].shape == (4, 6)
+
+
+def test_timm_evaluates_a_classifiers_file_to_the_same(folder, tmp_path):
+    """As the authors publish theirs; timm's model, Pillow and torchvision's transforms."""
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    torch.manual_seed(0)
     model = scramble(finetune.Classifier(8, image_size=16, patch_size=4, width=24, depth=2))
     save({"model": under("module.model.", model.state_dict())}, tmp_path / "mae_tiny_ft.pth.tar")
     result = finetune.main(["--eval", str(tmp_path / "mae_tiny_ft.pth.tar"), "--data", folder])
-    _, test = data.open_data(folder, data.FOLDER, (16, 16))
-    images, labels = next(test.plain(torch.arange(16)))
-    loss = F.cross_entropy(model.logits(images), labels).item()
-    assert result["test_loss"] == pytest.approx(loss, rel=1e-4)
-
-
-def test_timm_evaluates_the_saved_model_to_the_same(run, folder, tmp_path):
-    """timm's model, Pillow and torchvision's transforms; a short run, that errors are left."""
-    timm = pytest.importorskip("timm.models.vision_transformer")
-    result = tune(run / "student.pth", folder, "--epochs 1 --blr 0.01", tmp_path / "a")
-    content = content_of(tmp_path / "a", "model.pth")
-    c = content["config"]
-    other = timm.VisionTransformer(
-        img_size=c["image_size"], patch_size=c["patch_size"], embed_dim=c["width"],
-        depth=c["depth"], num_heads=c["heads"], num_classes=len(c["classes"]),
-        global_pool="avg").eval()
-    other.load_state_dict(content["model"])
+    other = timm.VisionTransformer(16, 4, embed_dim=24, depth=2, num_heads=12, num_classes=8,
+                                   global_pool="avg").eval()
+    other.load_state_dict(model.state_dict())
     prepare = v2.Compose([v2.Resize(18, InterpolationMode.BICUBIC), v2.CenterCrop(16),
                           v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-                          v2.Normalize(c["mean"], c["std"])])
+                          v2.Normalize(data.FOLDER["mean"], data.FOLDER["std"])])
     val = torchvision.datasets.ImageFolder(Path(folder) / "val", transform=prepare)
-    images, labels = (torch.stack([torch.as_tensor(x) for x in part])
-                      for part in zip(*val))
+    images, labels = (torch.stack([torch.as_tensor(x) for x in part]) for part in zip(*val))
     logits = other(images)
     before = (logits > logits.gather(1, labels[:, None])).sum(1)          # classes above the right
     assert (result["top1"], result["top5"]) == ((before < 1).sum() / 16, (before < 5).sum() / 16)
-    loss = F.cross_entropy(logits, labels).item()
-    assert log_of(tmp_path / "a")[0]["test_loss"] == pytest.approx(loss, rel=0.01)
+    assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=0.01)
 
 
 def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder, tmp_path,
@@ -1865,20 +1696,15 @@ def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder
     """Interrupted at its eighth step, in the middle of the second epoch."""
     steps = itertools.chain([DEFAULT] * 7, [KeyboardInterrupt], itertools.repeat(DEFAULT))
     monkeypatch.setattr(dmae, "train_step", Mock(wraps=dmae.train_step, side_effect=steps))
-    out, init = tmp_path / "a", shutil.copy(run / "student.pth", tmp_path / "student.pth")
+    out = tmp_path / "a"
     with pytest.raises(SystemExit) as end:
-        tune(init, folder, AUGMENTED, out)
+        tune(run / "student.pth", folder, AUGMENTED, out)
     assert end.value.code == 130 and "--resume DIR" in capsys.readouterr().err
     before, resume = log_of(out)[0]["minutes"], ["--resume", str(out)]
     for _ in range(2):                                          # the second has nothing to do
         resumed = finetune.main(resume)
         assert equal(tuned(resumed), tuned(fine)) and same_log(out, fine["out"])
         assert resumed["top1"] == fine["top1"] and resumed["minutes"] > before
-    fails([*resume, "--mixup", 0.3], "leave out --mixup", capsys, finetune)
-    fails([*resume, "--init", fine["out"] + "/model.pth"], "not what the run", capsys, finetune)
-    moved = init.rename(tmp_path / "moved.pth")
-    fails(resume, "student.pth", capsys, finetune)
-    assert finetune.main([*resume, "--init", str(moved)])["top1"] == fine["top1"]
 
 
 def test_two_steps_of_sgd_by_hand(run, folder, tmp_path, monkeypatch):
@@ -1967,27 +1793,19 @@ def test_probes_tell_separable_features_apart_and_constant_ones_not(run, colours
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "log.jsonl"}
 
 
-def test_linear_probe_finds_what_logistic_regression_does():
+def test_linear_probe_is_nearly_the_best_there_is():
+    """Of Gaussians around known centres, which make the best linear layer."""
     torch.manual_seed(0)
     centres = 0.7 * torch.randn(7, 6)
     (x, y), (test, answers) = ((centres[labels] + torch.randn(len(labels), 6), labels)
-                               for labels in (torch.arange(700) % 7, torch.arange(350) % 7))
-    W = torch.zeros(7, 7, requires_grad=True)
-
-    def loss():
-        W.grad = None
-        value = F.cross_entropy(x @ W[:6] + W[6], y)
-        value.backward()
-        return value
-
-    torch.optim.LBFGS([W], max_iter=200).step(loss)
-    logits = test @ W[:6] + W[6]
+                               for labels in (torch.arange(700) % 7, torch.arange(3500) % 7))
+    logits = test @ centres.T - centres.square().sum(1) / 2
     before = (logits > logits.gather(1, answers[:, None])).sum(1)
     s = argparse.Namespace(**settings(finetune, init="x", mode="linear", batch_size=64))
     found = finetune.linear_probe(s, (3 * x + 5, y), (3 * test + 5, answers))   # scale is no matter
     for name, place in (("top1", 1), ("top5", 5)):
         share = (before < place).float().mean().item()
-        assert found[name] == pytest.approx(share, abs=0.02) and share < 0.99
+        assert found[name] == pytest.approx(share, abs=0.04) and share < 0.99
     s.blr = 0                                                    # a random layer
     assert finetune.linear_probe(s, (x, y), (test, answers))["top1"] < 0.5
 
@@ -2067,7 +1885,8 @@ BAD_TUNING = {
     "{student} --mode linear --mixup 1": "--mixup has no meaning", "--init {grey}": "grey images",
     "{student} --mode linear --batch-size 1": "batches of 2 or more",
     "{student} --mode knn --epochs 1": "--epochs has no", "--eval {run}/student.pth": "classifier",
-    "{student} --image-size 16,30": "no multiple of patch size 4", "{student} --erasing 1.1": "1",
+    "{student} --image-size 16,30": "no multiple of patch size 4",
+    "{student} --erasing 1.1": "from 0 to 1$",
     "{student} --randaugment 11": "from 0 to 10", "{student} --smoothing 1": "from 0 to 0.99",
     "{student} --layer-decay 1.1": "from 0 to 1", "{student} --epochs 0": "from 1 to",
     "{student} --label-fraction 1.1": "to 1$", "{student} --epochs 2 --warmup-epochs 9": "only 2",
