@@ -120,7 +120,7 @@ TRANSFER = {
 TABLES = {
     "top-1 in percent": (["fashion-mnist"], ROWS | VARIANTS, TOP1),
     "top-1 in percent, here and on Fashion-MNIST": (["shapes"], ROWS, TOP1 | TRANSFER),
-    "lower blocks kept, the others begun anew, top-1 in percent": (
+    "lower blocks kept, the others reinitialised, top-1 in percent": (
         DATA, ["supervised", "mae", "dmae"], {
             "1%-keep-2": ("1 % labels, 2 blocks", f"{FEW} --keep-blocks 2", "top1"),
             "1%-keep-4": ("1 % labels, 4 blocks", f"{FEW} --keep-blocks 4", "top1"),
