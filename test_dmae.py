@@ -1806,7 +1806,7 @@ def test_linear_probe_is_nearly_the_best_there_is():
     found = finetune.linear_probe(s, (3 * x + 5, y), (3 * test + 5, answers))   # scale is no matter
     for name, place in (("top1", 1), ("top5", 5)):
         share = (before < place).float().mean().item()
-        assert found[name] == pytest.approx(share, abs=0.04) and share < 0.99
+        assert found[name] == pytest.approx(share, abs=0.02) and share < 0.99
     s.blr = 0                                                    # a random layer
     assert finetune.linear_probe(s, (x, y), (test, answers))["top1"] < 0.5
 
