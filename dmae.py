@@ -151,7 +151,7 @@ class ViT(nn.Module):
         weight = rearrange(self.patch_embed["proj"].weight, "c ch p1 p2 -> c (p1 p2 ch)")
         x = F.linear(patches, weight, self.patch_embed["proj"].bias) + positions      # b k c
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)     # b 1 c
-        return torch.cat([cls.to(x.dtype), x], dim=1)                                 # b 1+k c
+        return torch.cat([cls, x], dim=1)                                             # b 1+k c
 
     def encode(self, images):
         """All tokens after the final norm: (b, 1 + n, c). Nothing is masked, nothing is random."""
@@ -597,8 +597,8 @@ def fetch(path):
     """The path of a file; what is at an http address is downloaded into torch's cache, once."""
     if not re.match("https?://", str(path)):
         return Path(path)
-    suffix = Path(path.partition("?")[0]).suffix
-    file = Path(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "_", path) + suffix)
+    name = hashlib.sha256(path.encode()).hexdigest()[:8] + "-" + Path(path.partition("?")[0]).name
+    file = Path(torch.hub.get_dir(), "checkpoints", name)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -640,11 +640,11 @@ def learning_rate(step, total, warmup, peak, end=0.0):
 
 
 def parameter_groups(model, weight_decay):
-    """For AdamW: biases, 1-D parameters, positions are not decayed; learnt tokens and M are."""
+    """For AdamW: 1-D parameters and positions are not decayed; learnt tokens and M are."""
     decayed, free = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (free if p.ndim <= 1 or name.endswith(("bias", "pos_embed")) else decayed).append(p)
+            (free if p.ndim <= 1 or name.endswith("pos_embed") else decayed).append(p)
     return [dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
 
 
@@ -892,7 +892,7 @@ def new_model(s, teacher):
 
 def bf16_gain():
     """How many times faster this CPU multiplies matrices in bfloat16 than in float32."""
-    matrices = (torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    matrices = (torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     slow, fast = (min(timeit.repeat("a @ a", globals=dict(a=a), number=1, repeat=4))
                   for a in matrices)                                     # the first one is slow
     return slow / fast
@@ -970,7 +970,7 @@ class Run:
     def record(self, line):
         """Add a line to log.jsonl, with the number of broken images if there are any; print it."""
         broken = sum(len(source.broken) for source in self.sources if source)
-        self.log.append(line | ({"broken_images": broken} if broken else {}))
+        self.log.append(line := line | ({"broken_images": broken} if broken else {}))
         text = "".join(json.dumps(x) + "\n" for x in self.log)
         if self.rank == 0:
             write(self.out / "log.jsonl", lambda path: path.write_text(text))

@@ -102,7 +102,7 @@ def layer_groups(model, layer_decay, weight_decay):
                 params=[], scale=layer_decay ** (model.depth + 1 - layer),
                 weight_decay=weight_decay if decayed else 0.0))
             group["params"].append(p)
-    return [groups[key] for key in sorted(groups)]
+    return list(groups.values())
 
 
 def new_classifier(vit, classes, s):
@@ -308,9 +308,9 @@ def evaluate_file(s):
     """--eval: test a fine-tuned model, print and return the result. Nothing is written."""
     run, model = dmae.Run(s, None), load_classifier(s.eval)
     train, test = open_labelled(run, model)
-    classes, names = model.head.out_features, model.classes or list(train.classes)
-    require(classes == len(train.classes) and names == list(train.classes), f"{s.eval} tells "
-            f"{classes} classes apart, {', '.join(names[:3])} ..., not those of {s.data}")
+    classes, here = model.head.out_features, list(train.classes)
+    require(classes == len(here) and model.classes in (None, here), f"{s.eval} tells {classes} "
+            f"classes apart, not those of {s.data}")
     result = evaluate(model.to(run.device), test, run) | dict(
         eval=s.eval, data=s.data, test_images=len(test))
     run.say(json.dumps(result))
@@ -319,8 +319,9 @@ def evaluate_file(s):
 
 def report(run, train, line):
     """Print and return the result: the settings that tell runs apart, and the last line."""
-    keys = ("mode", "data", "init", "seed", "label_fraction", "recipe", "epochs", "batch_size",
-            "blr", "layer_decay", "keep_blocks", "freeze_blocks", "block", "bank", "out")
+    keys = ("mode", "data", "init", "model", "seed", "label_fraction", "recipe", "epochs",
+            "batch_size", "blr", "layer_decay", "keep_blocks", "freeze_blocks", "block", "pool",
+            "bank", "out")
     result = {key: getattr(run.s, key) for key in keys if getattr(run.s, key) is not None}
     result |= {"train_images": len(train)} | {
         key: line[key] for key in ("top1", "top5", "minutes", "broken_images") if key in line}
