@@ -68,7 +68,7 @@ class SimMIM(nn.Module):
     """L = mean over hidden pixels of |prediction - pixels| (Xie et al. 2022, arXiv 2111.09886).
 
     Hidden patches are replaced by mask tokens in the encoder's input and pass through it; the head
-    is one linear layer. 60 % of the patches are hidden, in squares of 2 x 2."""
+    is one linear layer. 60 % of the squares of 2 x 2 patches are hidden."""
 
     def __init__(self, vit, classes):
         super().__init__()
@@ -168,8 +168,7 @@ class DINO(nn.Module):
         with torch.no_grad():
             teacher = self.scores(self.average, x)                                        # v*b e
         loss = self.cross_entropy(student, teacher)
-        if self.training:
-            self.centre.lerp_(teacher.mean(dim=0, keepdim=True), 0.1)
+        self.centre.lerp_(teacher.mean(dim=0, keepdim=True), 0.1)
         return {"loss": loss}
 
     def cross_entropy(self, student, teacher):
@@ -240,7 +239,6 @@ def pretrain(method, s):
         run.record(dict(epoch=0, step=0) | knn())
     measured = range(s.epochs, 0, -math.ceil(60_000 / len(train)))
     for epoch in range(done, s.epochs):
-        model.train()
         meter = dmae.Meter(run, epoch, steps)
         order = dmae.epoch_order(len(train), s, epoch)
         for i, (images, labels) in enumerate(train.batches(order, epoch)):
@@ -257,7 +255,6 @@ def pretrain(method, s):
                                       run.autocast))
             if hasattr(model, "after_step"):
                 model.after_step((step + 1) / total)
-        model.eval()
         run.record(meter.line(optimizer) | (knn() if epoch + 1 in measured else {}))
         run.save_checkpoint(train)
     content = dict(model={n: p.cpu() for n, p in vit.state_dict().items()}, config=vit.config)

@@ -84,7 +84,8 @@ VARIANTS = {
     "no-mixer": ("D-MAE, without M", "dmae", "--no-mixer"),
     "from-supervised": ("D-MAE, supervised teacher", "dmae", "--teacher @supervised"),
     "from-dino": ("D-MAE, DINO teacher", "dmae", "--teacher @dino"),
-    "from-dinov2": ("D-MAE, DINOv2 teacher", "dmae", "--teacher weights/dinov2.safetensors"),
+    "from-dinov2": ("D-MAE, DINOv2 teacher (alpha 0.1)", "dmae",
+                    "--teacher weights/dinov2.safetensors --alpha 0.1"),
 }
 TEACHERS = {
     "teacher": ("teacher", "mae", "--student mini --epochs 24 --blr 3e-3"),
@@ -95,8 +96,9 @@ TEACHERS = {
 # baseline, after all of them.
 SEARCHES = [("--blr", METHODS, ("1.5e-3", "6e-3", "2.4e-2")),
             ("--alpha", ["from-dinov2"], ("0.01", "0.1", "1"))]
-SEARCH = {f"{row}@{value}": (f"{title}, {flag[2:]} {value}", method, f"{flags} {flag} {value} "
-                             f"--epochs {length} --train-images {{unseen}}".strip())
+SEARCH = {f"{row}@{value}": (f"{title}, {flag[2:]} {value}", method, (
+              f"{flags.partition(f' {flag}')[0]} {flag} {value} --epochs {length} --train-images "
+              "{unseen}").strip())
           for flag, rows, values in SEARCHES for row in rows for value in values
           for length in ["{epochs}" if row == "mae" else "{half}"]
           for title, method, flags in [(ROWS | VARIANTS)[row]]}
@@ -426,8 +428,7 @@ def main(argv=None):
         if not s.report:
             asked = [cell for cell in cells(s) if s.rows or not missing(*cell)]
             for cell in asked:
-                require(not missing(*cell), f"--rows {cell[1]}: {missing(*cell)} is not there: put "
-                        "it there or name other rows")
+                require(not missing(*cell), f"--rows {cell[1]}: put {missing(*cell)} in its place")
             Path(s.results).open("a").close()                       # fails now, not after an hour
             for cell in asked:
                 measure(s, *cell)
