@@ -92,8 +92,8 @@ TEACHERS = {
     "untrained-teacher": ("untrained teacher", "mae", "--student mini --epochs 0"),
 }
 # The same small search for every method, and one for DINOv2, whose scores are ten times an MAE's:
-# flag, rows, values to choose from, by `held-out` with seed 0 after `half` the epochs; of MAE, the
-# baseline, after all of them.
+# flag, rows, values to choose from, each in the place of the row's own, by `held-out` with seed 0
+# after `half` the epochs; of MAE, the baseline, after all of them.
 SEARCHES = [("--blr", METHODS, ("1.5e-3", "6e-3", "2.4e-2")),
             ("--alpha", ["from-dinov2"], ("0.01", "0.1", "1"))]
 SEARCH = {f"{row}@{value}": (f"{title}, {flag[2:]} {value}", method, (
