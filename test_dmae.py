@@ -1884,21 +1884,23 @@ BAD_TUNING = {
     "": "--init is missing.*FILE.*none.*--eval", "--init {here}/file": "holds no plain ViT",
     "--init {here}/grey.pth": "grey images", "--eval {here}/deit.pth:3": "holds no classifier",
     "{student} --data {here}/a": "cannot be learnt: it needs images in .*/a/train/CLASS/",
-    "{student} --data {here}/val": "be learnt", "{student} --mode knn --block 5": "blocks 1 to 4",
+    "{student} --data {here}/val": "cannot be learnt", "{student} --mode knn --block 5": "1 to 4",
     "{student} --data {here}/broken": "of 16 images cannot be read",
     "--eval {model} --data {here}/renamed": "8 classes apart",
     "{student} --keep-blocks 5": "blocks 1 to 4", "{student} --freeze-blocks 5": "blocks 1 to 4",
     "{student} --keep-blocks 1 --freeze-blocks 2": "only the 1 blocks",
     "{student} --mode linear --batch-size 1": "batches of 2 or more",
-    "{student} --image-size 16,30": "no multiple of patch size 4", "--layer-decay 1.1": "to 1$",
+    "--init x --mode linear --keep-blocks 1": "--keep-blocks has no meaning with --mode linear",
+    "{student} --image-size 16,30": "no multiple of patch size 4",
+    "--layer-decay 1.1": "from 0 to 1$",
     "--batch-size 0": "from 1 to", "--bank 0": "from 1 to", "--label-fraction 0": "e-09",
     "--label-fraction 1.1": "to 1$", "--erasing 1.1": "from 0 to 1$", "--epochs 0": "from 1 to",
     "--randaugment 11": "from 0 to 10", "--smoothing 1": "from 0 to 0.99"} | {
     flags: re.findall("--[a-z-]+", flags)[-1] + " has no meaning with --" for flags in (
         "--init none --keep-blocks 1", "--init none --freeze-blocks 1", "--init x --model nano",
         "--init x --patch-size 4", "--init x --bank 5", "--init x --pool cls", "--eval x --seed 1",
-        "--init x --mode linear --mixup 1", "--init x --mode linear --keep-blocks 1",
-        "--init x --mode linear --micro-batch 2", "--init x --mode linear --compile",
+        "--init x --mode linear --mixup 1", "--init x --mode linear --compile",
+        "--init x --mode linear --micro-batch 2",
         "--init x --mode knn --epochs 1", "--init x --mode knn --freeze-blocks 1",
         "--init x --mode knn --recipe small")}
 
