@@ -134,7 +134,7 @@ TABLES = {
             "distance-4-6": ("blocks 4 to 6", INSIDE, "higher_distance"),
             "cka-1-3": ("CKA, blocks 1 to 3", INSIDE, "lower_cka"),
             "cka-4-6": ("blocks 4 to 6", INSIDE, "higher_cka")}),
-    "inside, fine-tuned with all labels: attention distance in pixels": (["fashion-mnist"], ROWS, {
+    "inside, fine-tuned with all labels: attention distance in pixels": (DATA, ROWS, {
         "tuned-distance-1-3": ("blocks 1 to 3", TUNED, "lower_distance"),
         "tuned-distance-4-6": ("blocks 4 to 6", TUNED, "higher_distance")}),
     "detection on scenes, AP in percent": (["shapes"], ["scratch", "mae", "dmae"], {
