@@ -137,7 +137,7 @@ TABLES = {
     "inside, fine-tuned with all labels: attention distance in pixels": (DATA, ROWS, {
         "tuned-distance-1-3": ("blocks 1 to 3", TUNED, "lower_distance"),
         "tuned-distance-4-6": ("blocks 4 to 6", TUNED, "higher_distance")}),
-    "detection on scenes, AP in percent": (["shapes"], ["scratch", "mae", "dmae"], {
+    "detection, AP in percent": (["shapes"], ["scratch", "mae", "mae-long-rate", "dmae"], {
         "boxes-200": ("boxes, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "box_ap"),
         "masks-200": ("masks, 200 scenes", f"{SCENES} --train-images 200 --epochs 60", "mask_ap"),
         "boxes": ("boxes, all scenes", SCENES, "box_ap"),
