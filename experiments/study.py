@@ -122,6 +122,8 @@ TRANSFER = {
 TABLES = {
     "top-1 in percent": (["fashion-mnist"], ROWS | VARIANTS, TOP1),
     "top-1 in percent, here and on Fashion-MNIST": (["shapes"], ROWS, TOP1 | TRANSFER),
+    "of the class token, top-1 in percent": (["shapes"], ["mocov3", "dino"], {
+        f"cls-{x}": (TOP1[x][0], f"{TOP1[x][1]} --pool cls", "top1") for x in ("knn", "linear")}),
     "lower blocks kept, the others reinitialised, top-1 in percent": (
         DATA, ["supervised", "mae", "dmae"], {
             "1%-keep-2": ("1 % labels, 2 blocks", f"{FEW} --keep-blocks 2", "top1"),
@@ -349,8 +351,7 @@ def figure(lines, path):
     """Linear probe and 1 % of the labels by each method, mean and deviation, beside the paper's
     Pets and Flowers."""
     sets = [data for data in DATA if any(values_of(lines, data, row, "linear") for row in PAPER)]
-    size = 2 + 3.3 * (1 + len(sets)), 3.6
-    sheet, (axes,) = analyze.new_figure(*size, 1, 1 + len(sets), sharey=True)
+    sheet, (axes,) = analyze.new_figure(5.3 + 3.3 * len(sets), 3.6, 1, 1 + len(sets), sharey=True)
     for axis, data in zip(axes, [*sets, None]):
         for i, column in enumerate(("linear", "1%")):
             values = [list(values_of(lines, data, row, column).values()) if data
@@ -433,9 +434,8 @@ def main(argv=None):
             for cell in asked:
                 measure(s, *cell)
         lines = read(s.results)
-        require(lines, f"--results {s.results}: there are no lines in it yet")
         found = tables(lines)
-        require(found, f"--results {s.results}: no line is of today's flags")
+        require(found, f"--results {s.results}: there are no lines of today's flags in it")
         print(*(f"\n{name}\n\n{table}" for name, table in found.items()), sep="", end="")
         if s.report:
             try:
