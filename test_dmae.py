@@ -1884,7 +1884,7 @@ BAD_TUNING = {
     "": "--init is missing.*FILE.*none.*--eval", "--init {here}/file": "holds no plain ViT",
     "--init {here}/grey.pth": "grey images", "--eval {here}/deit.pth:3": "holds no classifier",
     "{student} --data {here}/a": "cannot be learnt: it needs images in .*/a/train/CLASS/",
-    "{student} --data {here}/val": "cannot be learnt", "{student} --mode knn --block 5": "1 to 4",
+    "{student} --data {here}/val": "cannot be learnt",
     "{student} --data {here}/broken": "of 16 images cannot be read",
     "--eval {model} --data {here}/renamed": "8 classes apart",
     "{student} --keep-blocks 5": "blocks 1 to 4", "{student} --freeze-blocks 5": "blocks 1 to 4",
@@ -1892,7 +1892,7 @@ BAD_TUNING = {
     "{student} --mode linear --batch-size 1": "batches of 2 or more",
     "--init x --mode linear --keep-blocks 1": "--keep-blocks has no meaning with --mode linear",
     "{student} --image-size 16,30": "no multiple of patch size 4",
-    "--layer-decay 1.1": "from 0 to 1$",
+    "{student} --mode knn --block 5": "blocks 1 to 4", "--layer-decay 1.1": "from 0 to 1$",
     "--batch-size 0": "from 1 to", "--bank 0": "from 1 to", "--label-fraction 0": "e-09",
     "--label-fraction 1.1": "to 1$", "--erasing 1.1": "from 0 to 1$", "--epochs 0": "from 1 to",
     "--randaugment 11": "from 0 to 10", "--smoothing 1": "from 0 to 0.99"} | {
